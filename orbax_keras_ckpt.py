@@ -39,8 +39,10 @@ import numbers
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -123,8 +125,8 @@ class _Record:
             return None
         if (found := fields.pop("format", None)) != _FORMAT:
             raise CheckpointError(
-                f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py, version {__version__}, "
-                f"reads format {_FORMAT}. Nothing was changed. Restore it with the version that wrote it, or a newer one."
+                f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
+                f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
             )
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
@@ -222,7 +224,7 @@ def _variables(model: keras.Model, optimizer: bool = True) -> dict[str, list[ker
     """The model's variables by group, in its order. Raises where that is not possible or not unique."""
     if not model.built:
         raise ValueError(
-            f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(input_shape), first."
+            f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
         )
     groups = {name: list(getattr(model, name)) for name in _GROUPS[:2]}
     if optimizer:
@@ -245,7 +247,7 @@ def _check_paths(group: str, paths: list[str]) -> None:
     for path in paths:
         if path in known or path in folders:
             raise ValueError(
-                f"Two variables of the model's {group} have the path {path!r}, so a checkpoint could not tell them apart. "
+                f"Two of the model's {group} have the path {path!r}, so a checkpoint could not tell them apart. "
                 "Give the layers that they belong to different names (name=...)."
             )
         known.add(path)
@@ -385,7 +387,7 @@ def _random_state() -> dict[str, Any]:
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
-        "keras": None if generator is None else np.asarray(generator.state),
+        "keras": None if generator is None else np.asarray(generator.state.value),
     }
     if "torch" in sys.modules:
         state["torch"] = sys.modules["torch"].get_rng_state().numpy()
@@ -743,6 +745,19 @@ def _foreign_variables(metadata: Any) -> dict[str, list[_Spec]]:
 # -------------------------------------------------------------------------------------------- callback
 
 
+def _signals(numbers: Any) -> tuple[signal.Signals, ...]:
+    try:
+        signals = tuple(signal.Signals(number) for number in numbers)
+    except (TypeError, ValueError):
+        signals = None
+    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
+        raise ValueError(
+            f"preemption_signals={numbers!r}: give a tuple of signals that can be caught, such as "
+            "(signal.SIGTERM,), or () for none."
+        )
+    return signals
+
+
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """Saves the whole training state after every epoch, and continues from it when `fit` starts.
 
@@ -763,6 +778,9 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         save_freq: `"epoch"`: after every epoch.
         monitor: See there; a name in the logs of an epoch, such as `"val_loss"`. Defaults to None.
         mode: See there. Defaults to `"auto"`.
+        preemption_signals: Signals on which the run ends after the epoch that it is in, once that is saved,
+            with exit code 128 + signal (`KeyboardInterrupt` for SIGINT). Defaults to SIGTERM. Earlier
+            Python handlers are called once it is saved, and put back when `fit` ends.
         verbose: 1 prints a line for every save and load, 0 prints nothing. Defaults to 1.
         **kwargs: `compression`, and fields of `orbax.checkpoint.CheckpointManagerOptions`.
 
@@ -785,13 +803,14 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         save_freq: str = "epoch",
         monitor: str | None = None,
         mode: str = "auto",
+        preemption_signals: Iterable[int] = (signal.SIGTERM,),
         verbose: int = 1,
         **kwargs: Any,
     ):
         super().__init__()
         _check_backend()
         if save_freq != "epoch":
-            raise ValueError(f'save_freq={save_freq!r}: give "epoch".')
+            raise ValueError(f'save_freq={save_freq!r}: give "epoch", this version saves after every epoch.')
         if verbose not in (0, 1):
             raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
         if isinstance(model, keras.Model) and not model.compiled:
@@ -802,6 +821,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             model, checkpoint_dir, max_to_keep, steps_per_epoch, monitor=monitor, mode=mode, **kwargs
         )
         self._fitted_model = model
+        self._signals = _signals(preemption_signals)
+        self._received: int | None = None
         self._verbose = verbose
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -828,6 +849,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         """The very end of `on_train_begin`, behind all other callbacks."""
         model = self._fitted_model
         _call_at_end(model, self._end)
+        self._catch_signals()
         if self._first_epoch:
             _start_at_epoch(model, self._first_epoch)
         if self._loaded is not None and self._loaded.random is not None:
@@ -854,6 +876,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         )
         if started:
             self._say("Save Orbax checkpoint on_epoch_end.")
+        if self._received is not None:
+            self._leave(self._received)
 
     def on_train_end(self, logs: Any = None) -> None:
         self.checkpoint_manager.wait_until_finished()
@@ -861,6 +885,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _end(self) -> None:
         """However `fit` ends: nothing of this run is left in the model, and what was being saved is on disk."""
         _start_at_epoch(self._fitted_model, None)
+        for number, handler in self._earlier_handlers.items():
+            signal.signal(number, handler)
         failure = sys.exc_info()[1]
         try:
             self.checkpoint_manager.wait_until_finished()
@@ -868,6 +894,27 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             if failure is None:
                 raise
             warnings.warn(f"The last save has failed as well: {error!r}", stacklevel=2)  # not to hide the first error
+
+    def _catch_signals(self) -> None:
+        self._received, self._earlier_handlers = None, {}
+        if threading.current_thread() is not threading.main_thread():
+            if self._signals:
+                warnings.warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=2)
+            return
+        for number in self._signals:
+            self._earlier_handlers[number] = signal.signal(number, self._note_signal)
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self._received = number
+
+    def _leave(self, number: int) -> None:
+        """Ends the process as the signal asks, with everything on disk."""
+        self.checkpoint_manager.wait_until_finished()
+        self._say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
+        earlier = self._earlier_handlers[number]
+        if callable(earlier) and earlier is not signal.default_int_handler:
+            earlier(number, None)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
     def _say_loaded(self, step: int, start: _Position) -> None:
         epochs = self.params["epochs"]

@@ -1,0 +1,1001 @@
+"""Tests of orbax_keras_ckpt. Run as a script, this file is also the program that its own tests kill."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import json
+import pathlib
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import jax
+import keras
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from keras import layers
+
+import orbax_keras_ckpt
+from orbax_keras_ckpt import (
+    CheckpointError,
+    CheckpointMismatchError,
+    KerasOrbaxCheckpointManager,
+    OrbaxCheckpointCallback,
+)
+
+HERE = pathlib.Path(__file__).parent
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    # jax.numpy inside Keras's own layers and quantizers; nothing that a checkpoint can change
+    pytest.mark.filterwarnings("default::DeprecationWarning:keras|jax|orbax|tensorstore"),
+    pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring"),  # plain Orbax as an oracle
+]
+
+# --------------------------------------------------------------------------------------------- builders
+
+X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
+Y = X.sum(axis=1, keepdims=True)
+SEQUENCES = np.random.default_rng(1).normal(size=(64, 4, 3)).astype("float32")
+
+
+def compiled(model, optimizer=None, **kwargs):
+    model.compile(optimizer=optimizer or keras.optimizers.Adam(0.01), loss="mse", **kwargs)
+    return model
+
+
+def dense_model(units=4, **kwargs):
+    stack = [keras.Input((6,)), layers.Dense(units), layers.Dropout(0.3), layers.Dense(1)]
+    return compiled(keras.Sequential(stack), **kwargs)
+
+
+def callback(model, directory, *args, **kwargs):
+    return OrbaxCheckpointCallback(model, directory, *args, **{"verbose": 0, **kwargs})
+
+
+def fit(model, epochs, *callbacks, x=X, **kwargs):
+    return model.fit(x, Y, epochs=epochs, batch_size=16, verbose=0, callbacks=list(callbacks), **kwargs)
+
+
+def values(model, optimizer=True):
+    """Every variable in the model's order, as numpy copies."""
+    if optimizer and model.built and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    variables = model.variables + (model.optimizer.variables if optimizer else [])
+    return [np.array(variable.value) for variable in variables]
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right):
+        assert one.dtype == other.dtype
+        assert one.tobytes() == other.tobytes()  # bit for bit, NaN and -0.0 as well
+
+
+def next_draws():
+    return random.random(), np.random.random(), np.array(keras.random.normal((2,))).tolist()
+
+
+def listing(directory):
+    return sorted(str(path.relative_to(directory)) for path in pathlib.Path(directory).rglob("*"))
+
+
+def script(*arguments, check=True, **kwargs):
+    """Runs this file as a program of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, timeout=300, **kwargs
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# ------------------------------------------------------------------------------------ the models that it works with
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.blocks = [layers.Dense(4, activation="relu") for _ in range(2)]
+        self.dropout = layers.Dropout(0.2)
+        self.head = layers.Dense(1)
+
+    def call(self, x, training=False):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.dropout(x, training=training))
+
+
+def functional():
+    inputs = keras.Input((6,))
+    x = layers.Dense(4)(inputs)
+    x = layers.Add()([x, layers.Dense(4)(inputs)])
+    return compiled(keras.Model(inputs, layers.Dense(1)(x)), metrics=["mae"])
+
+
+def nested():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dropout(0.2)], name="inner")
+    inputs = keras.Input((6,))
+    return compiled(keras.Model(inputs, layers.Dense(1)(inner(inner(inputs) @ np.ones((4, 6), "float32")))))
+
+
+def noisy():
+    stack = [layers.GaussianNoise(0.1), layers.Dense(4), layers.BatchNormalization(), layers.GaussianDropout(0.2)]
+    return compiled(keras.Sequential([keras.Input((6,)), *stack, layers.AlphaDropout(0.1), layers.Dense(1)]))
+
+
+def recurrent():
+    stack = [
+        layers.Bidirectional(layers.LSTM(3, dropout=0.1, recurrent_dropout=0.1, return_sequences=True)),
+        layers.RNN([layers.GRUCell(3, dropout=0.1), layers.LSTMCell(2)]),
+        layers.Dense(1),
+    ]
+    return compiled(keras.Sequential([keras.Input((4, 3)), *stack]))
+
+
+def stateful_recurrent():
+    return compiled(keras.Sequential([keras.Input(batch_shape=(16, 4, 3)), layers.LSTM(3, stateful=True), layers.Dense(1)]))
+
+
+def lora(quantize=None):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(1)])
+    if quantize:
+        model.layers[0].quantize(quantize)
+    model.layers[0].enable_lora(2)
+    return compiled(model)
+
+
+def with_policy(policy):
+    earlier = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        return dense_model()
+    finally:
+        keras.config.set_dtype_policy(earlier)
+
+
+def schedule():
+    return dense_model(optimizer=keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.05, 10), momentum=0.9))
+
+
+MODELS = {
+    "sequential": dense_model,
+    "unbuilt": lambda: compiled(keras.Sequential([layers.Dense(4), layers.Dropout(0.2), layers.Dense(1)])),
+    "functional": functional,
+    "subclassed": lambda: compiled(Subclassed()),
+    "nested": nested,
+    "noise and batch normalization": noisy,
+    "recurrent": recurrent,
+    "stateful recurrent": stateful_recurrent,
+    "lora": lora,
+    "int8": lambda: lora("int8"),
+    "int4": lambda: lora("int4"),
+    "bfloat16": lambda: with_policy("bfloat16"),
+    "mixed_float16 with loss scaling": lambda: with_policy("mixed_float16"),
+    "moving average": lambda: dense_model(optimizer=keras.optimizers.Adam(0.01, use_ema=True)),
+    "gradient accumulation": lambda: dense_model(optimizer=keras.optimizers.Adam(0.01, gradient_accumulation_steps=3)),
+    "learning-rate schedule": schedule,
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_interrupted_run_equals_uninterrupted_run(kind, tmp_path):
+    if kind == "int4" and keras.version() < "3.12":
+        pytest.skip("Keras has int4 for Dense layers with LoRA since 3.12")
+    x = SEQUENCES if "recurrent" in kind else X
+
+    def run(epochs, *directory):
+        keras.utils.set_random_seed(3)
+        model = MODELS[kind]()
+        history = fit(model, epochs, *(callback(model, each) for each in directory), x=x, validation_split=0.25)
+        return model, history.history
+
+    reference, reference_history = run(4)
+    reference_draws = next_draws()
+    run(2, tmp_path)
+    model, history = run(4, tmp_path)  # as in a new process, and with other automatic names
+    draws = next_draws()
+    assert_equal(values(model), values(reference))
+    assert history == reference_history
+    assert draws == reference_draws
+    if kind.startswith("mixed_float16"):
+        assert type(model.optimizer).__name__ == "LossScaleOptimizer"
+
+
+# ------------------------------------------------------------------------------------- the folder on disk, plain Orbax
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model of three epochs, and the directory where all three were saved."""
+    directory = tmp_path_factory.mktemp("trained")
+    keras.utils.set_random_seed(1)
+    model = dense_model()
+    fit(model, 3, callback(model, directory), validation_split=0.25)
+    return model, directory
+
+
+def copy_of(trained, tmp_path):
+    return shutil.copytree(trained[1], tmp_path / "copy")
+
+
+def test_plain_orbax_reads_the_state_tree_of_keras(trained):
+    model, directory = trained
+    expected = model.get_state_tree("numpy_array")
+    del expected["metrics_variables"]
+    for read in (
+        ocp.CheckpointManager(directory).restore(2),
+        ocp.CheckpointManager(directory).restore(2, args=ocp.args.StandardRestore()),
+        ocp.StandardCheckpointer().restore(directory / "2" / "default"),
+    ):
+        assert jax.tree.structure(read) == jax.tree.structure(expected)
+        assert_equal([np.asarray(leaf) for leaf in jax.tree.leaves(read)], jax.tree.leaves(expected))
+
+
+def test_folder_has_what_the_guide_lists_and_no_further_folder(trained):
+    directory = trained[1]
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "2"]
+    assert [path.name for path in (directory / "2").iterdir() if path.is_dir()] == ["default"]
+    assert (directory / "2" / "_CHECKPOINT_METADATA").is_file()
+    names = {path.name for path in (directory / "2" / "default").iterdir()}
+    assert names >= {"array_metadatas", "d", "manifest.ocdbt", "_METADATA", "ocdbt.process_0", "_sharding"}
+
+
+def test_record_holds_position_variables_history_and_config(trained):
+    model, directory = trained
+    metadata = json.loads((directory / "2" / "_CHECKPOINT_METADATA").read_text())
+    record = metadata["custom_metadata"]["orbax_keras_ckpt"]
+    assert record["format"] == 1
+    assert record["position"]["epoch"] == 3
+    assert record["variables"]["trainable_variables"] == [
+        [variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables
+    ]
+    assert record["history"]["history"] == model.history.history
+    assert record["metrics"] == {name: series[-1] for name, series in model.history.history.items()}
+    rebuilt = keras.saving.deserialize_keras_object(record["model"])
+    assert [layer.name for layer in rebuilt.layers] == [layer.name for layer in model.layers]
+
+
+@pytest.mark.parametrize("compression", [False, True])
+def test_compression_is_off_unless_asked_for(compression, tmp_path):
+    model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="zeros")]))
+    options = {"compression": True} if compression else {}
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, **options)
+    manager.save_state(0)
+    manager.wait_until_finished()
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert (size < 256 * 256 * 4) == compression
+
+
+def test_checkpoints_are_right_although_training_goes_on_at_once(tmp_path):
+    """Steps are donated: the arrays being saved are those that the next batch overwrites."""
+    captured = {}
+
+    class Capture(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            captured[epoch] = values(self.model)
+
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(2000), layers.Dense(500), layers.Dense(1)]))
+    fit(model, 5, Capture(), callback(model, tmp_path, max_to_keep=None))
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    for epoch, expected in captured.items():
+        manager.restore_state(epoch)
+        assert_equal(values(model), expected)
+
+
+# ---------------------------------------------------------------------------------------------------- steps
+
+
+def test_step_numbers_and_retention(tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, tmp_path, 2, 10)
+    fit(model, 4, checkpoint)
+    assert checkpoint.checkpoint_manager.all_steps() == [20, 30]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["20", "30"]
+
+
+def test_step_0_is_a_step_like_any_other(tmp_path):
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    assert manager.restore_state() is None
+    assert manager.save_state(0) is True
+    saved = values(model)
+    fit(model, 1)
+    assert manager.restore_state(0) == 0
+    assert_equal(values(model), saved)
+    fit(model, 1)
+    assert manager.restore_state() == 0
+    assert_equal(values(model), saved)
+
+
+def test_orbax_options_get_through(tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, tmp_path, 1, keep_period=2, enable_async_checkpointing=False)
+    fit(model, 4, checkpoint)
+    assert checkpoint.checkpoint_manager.all_steps() == [0, 2, 3]
+    every_third = KerasOrbaxCheckpointManager(model, tmp_path / "third", save_interval_steps=3)
+    assert [every_third.save_state(epoch) for epoch in range(4)] == [True, False, False, True]
+    newest = ocp.checkpoint_managers.LatestN(2)
+    policy = KerasOrbaxCheckpointManager(model, tmp_path / "policy", preservation_policy=newest)
+    assert [policy.save_state(epoch) for epoch in range(4)] and policy.all_steps() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("mode", "series", "kept"),
+    [("min", [3, 1, 2, 4, 5], [1, 2, 4]), ("max", [3, 5, 2, 4, 1], [1, 3, 4]), ("auto", [3, 1, float("nan"), 4, 5], [0, 1, 4])],
+)
+def test_monitor_keeps_the_best_and_the_newest(mode, series, kept, tmp_path):
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, 2, monitor="val_loss", mode=mode)
+    for epoch, value in enumerate(series[:3]):
+        manager.save_state(epoch, metrics={"val_loss": value})
+    manager.wait_until_finished()
+    again = KerasOrbaxCheckpointManager(model, tmp_path, 2, monitor="val_loss", mode=mode)  # values survive
+    for epoch, value in enumerate(series[3:], 3):
+        again.save_state(epoch, metrics={"val_loss": value})
+    again.wait_until_finished()
+    assert again.all_steps() == kept
+    assert again.best_step() == series.index(max(series) if mode == "max" else min(series))
+
+
+def test_monitor_direction_comes_from_the_metrics_or_is_asked_for(tmp_path):
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(1)]), metrics=["accuracy", "mae"])
+    fit(model, 1)
+    assert orbax_keras_ckpt._direction(model, "val_accuracy") == "max"
+    assert orbax_keras_ckpt._direction(model, "loss") == "min"
+    assert orbax_keras_ckpt._direction(model, "val_mae") in ("min", None)  # "mean_absolute_error" before Keras 3.?
+    with pytest.raises(ValueError, match='mode="max" or mode="min"'):
+        fit(model, 1, callback(model, tmp_path, monitor="val_unheard_of"))
+    with pytest.warns(UserWarning, match="'val_loss' is not among the metrics of step 0.*'loss'"):
+        fit(model, 1, callback(model, tmp_path, monitor="val_loss"))
+
+
+# ----------------------------------------------------------------------------------------------------- runs
+
+
+def test_finished_run_says_so_and_loads_the_final_state(trained, tmp_path, capsys):
+    reference, _ = trained
+    directory = copy_of(trained, tmp_path)
+    before = listing(directory)
+    model = dense_model()
+    history = fit(model, 3, callback(model, directory, verbose=1))
+    assert_equal(values(model), values(reference))
+    assert history.history == reference.history.history
+    assert history.epoch == [0, 1, 2]
+    assert "Nothing left to train: 3 of 3 epochs are done" in capsys.readouterr().out
+    assert listing(directory) == before
+
+
+def test_finished_run_with_moving_average_ends_with_the_average_again(tmp_path):
+    keras.utils.set_random_seed(4)
+    model = MODELS["moving average"]()
+    fit(model, 2, callback(model, tmp_path))
+    again = MODELS["moving average"]()
+    fit(again, 2, callback(again, tmp_path))
+    assert_equal(values(again), values(model))
+
+
+def test_second_fit_with_more_epochs_continues(tmp_path):
+    keras.utils.set_random_seed(5)
+    reference = dense_model()
+    expected = fit(reference, 5)
+    keras.utils.set_random_seed(5)
+    model = dense_model()
+    checkpoint = callback(model, tmp_path)
+    fit(model, 2, checkpoint)
+    history = fit(model, 5, checkpoint)
+    assert_equal(values(model), values(reference))
+    assert history.history == expected.history
+    assert history.epoch == [0, 1, 2, 3, 4]
+
+
+class Raise(keras.callbacks.Callback):
+    def __init__(self, hook, epoch=0, error=RuntimeError):
+        super().__init__()
+        setattr(self, hook, lambda current=0, logs=None: self.fail(current or 0))
+        self.epoch, self.error = epoch, error
+
+    def fail(self, epoch):
+        if epoch == self.epoch:
+            raise self.error("on purpose")
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin"])
+def test_start_epoch_never_leaks_into_a_later_fit(hook, position, trained, tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, copy_of(trained, tmp_path))
+    callbacks = [checkpoint]
+    callbacks.insert(position, Raise(hook, epoch=0 if hook == "on_train_begin" else 3))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, 5, *callbacks)
+    assert fit(model, 2).epoch == [0, 1]
+    fit(model, 5, checkpoint)
+    assert fit(model, 2).epoch == [0, 1]
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_what_other_callbacks_do_at_the_end_of_an_epoch_is_saved_wherever_they_stand(position, tmp_path):
+    class Decay(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) * 0.5
+            logs["drawn"] = np.random.random()
+
+    def run(epochs, *checkpoint):
+        keras.utils.set_random_seed(6)
+        model = dense_model()
+        callbacks = [callback(model, each) for each in checkpoint]
+        callbacks.insert(position, Decay())
+        return model, fit(model, epochs, *callbacks).history
+
+    reference, reference_history = run(4)
+    run(2, tmp_path)
+    model, history = run(4, tmp_path)
+    assert_equal(values(model), values(reference))
+    assert history == reference_history
+
+
+def test_run_that_a_callback_stopped_is_complete(tmp_path, capsys):
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    keras.utils.set_random_seed(7)
+    model = dense_model()
+    fit(model, 5, callback(model, tmp_path), Stop())
+    again = dense_model()
+    assert fit(again, 5, callback(again, tmp_path, verbose=1), Stop()).epoch == [0, 1]
+    assert_equal(values(again), values(model))
+    assert "a callback stopped the run after 2 epochs" in capsys.readouterr().out
+    assert fit(again, 6, callback(again, tmp_path)).epoch == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("own_history", [True, False])
+def test_own_history_or_none_does_not_lose_saves(own_history, tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, tmp_path)
+    if own_history:
+        fit(model, 2, keras.callbacks.History(), checkpoint)
+    else:
+        callbacks = keras.callbacks.CallbackList([checkpoint], model=model, epochs=2, verbose=0)
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=callbacks)
+    assert checkpoint.checkpoint_manager.all_steps() == [0, 1]
+    assert fit(model, 2, callback(model, tmp_path)).epoch in ([], [0, 1])
+
+
+def test_evaluate_and_predict_with_the_callback_do_nothing(trained, tmp_path):
+    model = dense_model()
+    before = values(model)
+    checkpoint = callback(model, tmp_path)
+    model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
+    model.predict(X, verbose=0, callbacks=[checkpoint])
+    assert_equal(values(model), before)
+    assert listing(tmp_path) == []
+
+
+def test_verbose_prints_the_lines_of_the_guide(trained, tmp_path, capsys):
+    directory = copy_of(trained, tmp_path)
+    model = dense_model()
+    fit(model, 5, callback(model, directory, verbose=1))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Load Orbax checkpoint on_train_begin."
+    assert lines[1] == "Continue with epoch 4 of 5 (step 2)."
+    assert lines[2:] == ["Save Orbax checkpoint on_epoch_end."] * 2
+    model.fit(X, Y, epochs=6, verbose=1, callbacks=[callback(model, directory, verbose=1)])
+    assert "Save Orbax checkpoint on_epoch_end." in capsys.readouterr().out.splitlines()  # not in the progress bar
+    fit(model, 7, callback(model, directory))
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------------ restoring
+
+
+def test_paths_may_be_relative_or_home_or_pathlib(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    model = dense_model()
+    for given, place in [
+        ("relative/dir", tmp_path / "relative/dir"),
+        ("~/ckpt", tmp_path / "home/ckpt"),
+        (pathlib.Path("pathlib"), tmp_path / "pathlib"),
+    ]:
+        fit(model, 1, callback(model, given))
+        assert (place / "0" / "default").is_dir()
+
+
+def test_second_model_of_a_process_restores_by_path(trained):
+    reference, directory = trained
+    model = dense_model()
+    assert model.variables[0].path != reference.variables[0].path
+    assert KerasOrbaxCheckpointManager(model, directory).restore_state() == 2
+    assert_equal(values(model), values(reference))
+
+
+def named_blocks(names):
+    blocks = [layers.Dense(6, name=name) for name in names]
+    return compiled(keras.Sequential([keras.Input((6,)), *blocks, layers.Dense(1)]))
+
+
+def test_names_that_the_user_gave_are_never_matched_by_position(tmp_path):
+    saved = named_blocks(["block_1", "block_2"])
+    fit(saved, 1)
+    KerasOrbaxCheckpointManager(saved, tmp_path).save_state(0)
+    swapped = named_blocks(["block_2", "block_1"])  # same shapes, other order
+    KerasOrbaxCheckpointManager(swapped, tmp_path).restore_state()
+    by_name = {name: swapped.get_layer(name).kernel for name in ("block_1", "block_2")}
+    for name, kernel in by_name.items():
+        assert_equal([np.array(kernel.value)], [np.array(saved.get_layer(name).kernel.value)])
+    moments = [
+        {re.search("block_.*", v.path)[0]: np.array(v.value) for v in m.optimizer.variables if "block" in v.path}
+        for m in (saved, swapped)
+    ]
+    for name, moment in moments[0].items():
+        assert_equal([moments[1][name]], [moment])
+
+
+def test_ten_layers_keep_their_order_although_orbax_sorts_them(tmp_path):
+    def deep():
+        return compiled(keras.Sequential([keras.Input((6,)), *(layers.Dense(6) for _ in range(12)), layers.Dense(1)]))
+
+    saved, model = deep(), deep()
+    fit(saved, 1)
+    KerasOrbaxCheckpointManager(saved, tmp_path).save_state(0)
+    KerasOrbaxCheckpointManager(model, tmp_path).restore_state()
+    assert_equal(values(model), values(saved))
+
+
+def test_layer_frozen_meanwhile_is_not_exchanged_for_its_neighbour(tmp_path):
+    def half_frozen(frozen):
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(6), layers.Dense(6), layers.Dense(6)])
+        model.layers[frozen].trainable = False
+        return compiled(model)
+
+    KerasOrbaxCheckpointManager(half_frozen(0), tmp_path).save_state(0)
+    with pytest.raises(CheckpointMismatchError, match="is in the model but not in the checkpoint"):
+        KerasOrbaxCheckpointManager(half_frozen(1), tmp_path).restore_state()
+
+
+def test_mismatch_lists_every_difference_and_changes_nothing(trained):
+    _, directory = trained
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(5), layers.Dense(1), layers.Dense(2, name="extra")]))
+    before, files = values(model), listing(directory)
+    with pytest.raises(CheckpointMismatchError) as raised:
+        KerasOrbaxCheckpointManager(model, directory).restore_state()
+    message = str(raised.value)
+    for fragment in ("was saved as (6, 4), the model has (6, 5)", "extra/kernel", "more", "Nothing was changed", "strict=False"):
+        assert fragment in message
+    assert message.count("\n  - ") == 11  # ten, and how many more
+    assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, ValueError)
+    assert_equal(values(model), before)
+    assert listing(directory) == files
+
+
+def test_other_dtype_is_a_mismatch(trained):
+    with pytest.raises(CheckpointMismatchError, match="was saved as float32, the model has bfloat16"):
+        KerasOrbaxCheckpointManager(with_policy("bfloat16"), trained[1]).restore_state()
+
+
+def test_weights_only_leaves_the_optimizer_alone(trained):
+    reference, directory = trained
+    model = dense_model()
+    before = [np.array(variable.value) for variable in model.optimizer.variables]
+    KerasOrbaxCheckpointManager(model, directory).restore_state(weights_only=True)
+    assert_equal(values(model, optimizer=False), values(reference, optimizer=False))
+    assert_equal([np.array(variable.value) for variable in model.optimizer.variables], before)
+    inference = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dropout(0.3), layers.Dense(1)])
+    KerasOrbaxCheckpointManager(inference, directory).restore_state(weights_only=True)  # never compiled
+    assert_equal([np.array(v.value) for v in inference.variables], [np.array(v.value) for v in reference.weights])
+
+
+def test_not_strict_restores_what_agrees_and_lists_the_rest(trained):
+    reference, directory = trained
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dropout(0.3), layers.Dense(3)]))
+    head = np.array(model.layers[-1].kernel.value)
+    with pytest.warns(UserWarning, match="restored in part") as caught:
+        KerasOrbaxCheckpointManager(model, directory).restore_state(strict=False)
+    assert "(4, 1), the model has (4, 3)" in str(caught[0].message)
+    assert_equal([np.array(model.layers[0].kernel.value)], [np.array(reference.layers[0].kernel.value)])
+    assert_equal([np.array(model.layers[-1].kernel.value)], [head])
+
+
+def test_donate_restores_the_same_and_frees_the_old_arrays(trained):
+    reference, directory = trained
+    model = dense_model()
+    old = [variable.value for variable in model.variables]
+    KerasOrbaxCheckpointManager(model, directory).restore_state(donate=True)
+    assert_equal(values(model), values(reference))
+    assert all(array.is_deleted() for array in old)
+
+
+def test_checkpoints_of_the_guides_version_are_restored_and_continued(tmp_path):
+    keras.utils.set_random_seed(8)
+    reference = dense_model()
+    fit(reference, 2)
+    state = reference.get_state_tree()
+    state.pop("metrics_variables")
+    guide = ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
+    guide.save(1 * 4, args=ocp.args.StandardSave(state))  # epoch 1 with steps_per_epoch=4
+    model = dense_model()
+    assert KerasOrbaxCheckpointManager(model, tmp_path, steps_per_epoch=4).restore_state() == 4
+    assert_equal(values(model), values(reference))
+    assert fit(model, 4, callback(model, tmp_path, 5, 4)).epoch == [2, 3]
+
+
+def test_variables_without_elements_are_kept_apart_from_orbax(tmp_path):
+    class Empty(layers.Layer):
+        def build(self, shape):
+            self.nothing = self.add_weight(shape=(0, 3), trainable=False, name="nothing")
+
+        def call(self, x):
+            return x
+
+    def build():
+        return compiled(keras.Sequential([keras.Input((6,)), Empty(), layers.Dense(1)]))
+
+    saved, model = build(), build()
+    KerasOrbaxCheckpointManager(saved, tmp_path).save_state(0)
+    assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 0
+    assert_equal(values(model), values(saved))
+
+
+def test_model_without_config_trains_and_resumes(tmp_path):
+    class NoConfig(Subclassed):
+        def get_config(self):
+            raise NotImplementedError("no config here")
+
+    model = compiled(NoConfig())
+    fit(model, 1, callback(model, tmp_path))
+    record = json.loads((tmp_path / "0/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    assert "no config here" in record["model"]["error"]
+    again = compiled(NoConfig())
+    assert fit(again, 2, callback(again, tmp_path)).epoch == [0, 1]
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def duplicate_paths():
+    model = Subclassed()
+    model.twins = [layers.Dense(2, name="twin"), layers.Dense(2, name="twin")]
+    model.build((None, 6))
+    for twin in model.twins:
+        twin.build((None, 6))
+    return compiled(model)
+
+
+NOT_A_DIRECTORY = __file__
+
+REFUSALS = [
+    ({"max_to_keep": 0}, ValueError, "max_to_keep=0: give"),
+    ({"max_to_keep": True}, ValueError, "max_to_keep=True"),
+    ({"max_to_keep": 2.5}, ValueError, "max_to_keep=2.5"),
+    ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch=0: give"),
+    ({"steps_per_epoch": None}, ValueError, "steps_per_epoch=None"),
+    ({"save_freq": True}, ValueError, "save_freq=True: give"),
+    ({"save_freq": 0}, ValueError, "save_freq=0"),
+    ({"save_freq": -5}, ValueError, "save_freq=-5"),
+    ({"save_freq": "batch"}, ValueError, "save_freq='batch'"),
+    ({"mode": "best"}, ValueError, "mode='best': give"),
+    ({"monitor": 3}, ValueError, "monitor=3"),
+    ({"monitor": "loss", "best_fn": len}, ValueError, "best_fn"),
+    ({"preemption_signals": signal.SIGTERM}, ValueError, "preemption_signals"),
+    ({"preemption_signals": (signal.SIGKILL,)}, ValueError, "preemption_signals"),
+    ({"preemption_signals": ("SIGTERM",)}, ValueError, "preemption_signals"),
+    ({"verbose": 7}, ValueError, "verbose=7"),
+    ({"max_to_kep": 3}, TypeError, "'max_to_kep'"),
+    ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir=''"),
+    ({"checkpoint_dir": None}, ValueError, "checkpoint_dir=None"),
+    ({"checkpoint_dir": NOT_A_DIRECTORY}, OSError, "checkpoint_dir"),
+    ({"checkpoint_dir": f"{NOT_A_DIRECTORY}/below"}, OSError, "checkpoint_dir"),
+    ({"checkpoint_dir": "/proc/ckpt"}, OSError, "Choose another directory"),
+    ({"model": "not a model"}, ValueError, "give a keras.Model"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "fragment"), REFUSALS, ids=[str(each[0])[:40] for each in REFUSALS])
+def test_bad_arguments_are_refused_by_name(change, error, fragment, tmp_path):
+    with pytest.raises(error, match=re.escape(fragment)):
+        OrbaxCheckpointCallback(**{"model": dense_model(), "checkpoint_dir": tmp_path / "new", **change})
+    assert listing(tmp_path) == []
+
+
+def test_uncompiled_model_is_refused_at_once(tmp_path):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"not compiled. Call model.compile\(\)"):
+        OrbaxCheckpointCallback(model, tmp_path)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    for action in (lambda: manager.save_state(0), manager.restore_state):
+        with pytest.raises(ValueError, match="not compiled"):
+            action()
+    assert listing(tmp_path) == []
+
+
+def test_unbuilt_model_is_refused_only_where_nothing_builds_it(tmp_path):
+    manager = KerasOrbaxCheckpointManager(MODELS["unbuilt"](), tmp_path)
+    with pytest.raises(ValueError, match=r"no variables yet"):
+        manager.save_state(0)
+
+
+@pytest.mark.parametrize("epoch", [-1, True, 1.5, "1"])
+def test_epochs_that_are_none_are_refused(epoch, tmp_path):
+    with pytest.raises(ValueError, match="epoch="):
+        KerasOrbaxCheckpointManager(dense_model(), tmp_path).save_state(epoch)
+
+
+def test_two_variables_with_one_path_are_refused_when_fit_starts(tmp_path):
+    model = duplicate_paths()
+    with pytest.raises(ValueError, match="have the path 'subclassed.*twin/kernel'.*different names"):
+        fit(model, 1, callback(model, tmp_path))
+    assert listing(tmp_path) == []
+
+
+def test_another_model_than_the_one_being_fitted_is_refused(tmp_path):
+    model, other = dense_model(), dense_model()
+    before = values(other)
+    with pytest.raises(ValueError, match="Make the callback with the model that you fit"):
+        fit(other, 1, callback(model, tmp_path))
+    assert_equal(values(other), before)
+
+
+def test_steps_below_the_newest_are_refused_before_training(trained, tmp_path):
+    directory = copy_of(trained, tmp_path)
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, directory)
+    for epoch in (2, 1):
+        with pytest.raises(ValueError, match=f"Step {epoch} is not above 2, the newest"):
+            manager.save_state(epoch)
+    assert manager.all_steps() == [0, 1, 2]
+    shutil.move(directory / "2", directory / "200")  # as if steps_per_epoch had been 100
+    record = model.get_weights()
+    with pytest.raises(ValueError, match="Step 3 is not above 200"):
+        fit(model, 4, callback(model, directory))
+    assert len(record) == len(model.get_weights())
+
+
+def test_step_that_is_not_there_is_refused_and_those_that_are_are_listed(trained):
+    model = dense_model()
+    before = values(model)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 .*Steps there: \[0, 1, 2\]"):
+        KerasOrbaxCheckpointManager(model, trained[1]).restore_state(7)
+    assert_equal(values(model), before)
+
+
+def test_newer_format_is_refused_in_words(trained, tmp_path):
+    directory = copy_of(trained, tmp_path)
+    path = directory / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    model = dense_model()
+    before = values(model)
+    with pytest.raises(CheckpointError, match="has format 99; this copy.*reads format 1"):
+        KerasOrbaxCheckpointManager(model, directory).restore_state()
+    assert_equal(values(model), before)
+
+
+def test_other_backends_are_refused():
+    code = "import keras, orbax_keras_ckpt as o; o.OrbaxCheckpointCallback(keras.Sequential(), 'x')"
+    environment = {**os.environ, "KERAS_BACKEND": "numpy"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=environment)
+    assert "the backend is 'numpy'" in done.stderr and "KERAS_BACKEND" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------- signals and failures
+
+
+def test_handlers_are_put_back_however_fit_ends(tmp_path):
+    def mine(number, frame):
+        raise AssertionError("not called")
+
+    earlier = signal.signal(signal.SIGTERM, mine)
+    try:
+        model = dense_model()
+        fit(model, 1, callback(model, tmp_path))
+        assert signal.getsignal(signal.SIGTERM) is mine
+        with pytest.raises(KeyboardInterrupt):
+            fit(model, 3, callback(model, tmp_path), Raise("on_epoch_begin", 1, KeyboardInterrupt))
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.warns(UserWarning, match="outside the main thread"):
+        thread = threading.Thread(target=fit, args=(model, 1, checkpoint))
+        thread.start()
+        thread.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.checkpoint_manager.all_steps() == [0]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("uninterrupted") / "final.npz"
+    script("train", tmp_path_factory.mktemp("directory"), path, "none", -1)
+    return np.load(path)
+
+
+def assert_same_end(path, uninterrupted):
+    final = np.load(path)
+    assert set(final.files) == set(uninterrupted.files)
+    assert_equal([final[name] for name in final.files], [uninterrupted[name] for name in final.files])
+
+
+def test_killed_run_continues_and_ends_equal(tmp_path, uninterrupted):
+    killed = 0
+    for epoch in (1, 3, 3):  # killed in epochs 1 and 3; the second kill in 3 does not happen if it has been completed
+        done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGKILL", epoch, check=False)
+        killed += done.returncode == -signal.SIGKILL
+    assert killed == 3
+    script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
+    assert_same_end(tmp_path / "final.npz", uninterrupted)
+
+
+def test_sigterm_saves_the_epoch_and_exits_143(tmp_path, uninterrupted):
+    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGTERM", 1, check=False)
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Stop on SIGTERM: the run is saved" in done.stdout
+    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 1
+    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGINT", 2, check=False)
+    assert "KeyboardInterrupt" in done.stderr
+    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 2
+    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
+    assert "Continue with epoch 4 of 5 (step 2)." in done.stdout
+    assert_same_end(tmp_path / "final.npz", uninterrupted)
+
+
+def test_save_that_has_started_is_committed_although_fit_raises(tmp_path, uninterrupted):
+    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "raise", 2, check=False)
+    assert "on purpose" in done.stderr
+    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 1
+    script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
+    assert_same_end(tmp_path / "final.npz", uninterrupted)
+
+
+def test_failed_background_write_raises_and_is_not_listed(tmp_path):
+    done = script("full", tmp_path / "ckpt")
+    assert json.loads(done.stdout.splitlines()[-1]) == {"steps": [0], "raised": ["fit", "save"], "restored": 0}
+
+
+# ------------------------------------------------------------------------------------- seams, documents, notebook
+
+
+def test_keras_still_has_what_the_seams_touch():
+    model = dense_model()
+    assert model._initial_epoch is None
+    orbax_keras_ckpt._start_at_epoch(model, 2)
+    assert fit(model, 4).epoch == [2, 3]
+    orbax_keras_ckpt._start_at_epoch(model, None)
+    order = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            hooks = {"on_epoch_end": lambda epoch, logs=None: order.append(("last", epoch))}
+            assert orbax_keras_ckpt._call_last(self.model, self.params, **hooks)
+            orbax_keras_ckpt._call_at_end(self.model, lambda: order.append("end"))
+
+    tail = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: order.append(("tail", epoch)), on_train_end=lambda logs: order.append("train_end")
+    )
+    fit(model, 2, Watch(), tail)
+    assert order == [("tail", 0), ("last", 0), ("tail", 1), ("last", 1), "end", "train_end"]
+    keras.utils.set_random_seed(2)
+    keras.random.normal((1,))
+    generator = orbax_keras_ckpt._global_seed_generator()
+    assert isinstance(generator, keras.random.SeedGenerator)
+    orbax_keras_ckpt._set_global_seed_generator(None)
+    assert orbax_keras_ckpt._global_seed_generator() is None
+
+
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", (HERE / path).read_text(), re.DOTALL)
+
+
+def test_readme_example_trains_once_and_then_says_that_nothing_is_left(tmp_path):
+    example = blocks("README.md", "python")[0].replace("/tmp/ckpt", str(tmp_path / "ckpt"))
+    (tmp_path / "train.py").write_text(example)
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment.pop("KERAS_BACKEND")
+    outputs = [
+        subprocess.run(
+            [sys.executable, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert "Save Orbax checkpoint on_epoch_end." in outputs[0] and "Nothing left" not in outputs[0]
+    assert "Nothing left to train" in outputs[1] and "Save Orbax" not in outputs[1]
+
+
+def test_readme_has_two_commands_of_one_line_each():
+    commands = blocks("README.md", "sh")
+    setups = [command for command in commands if "requirements.txt" in command]
+    assert len(setups) == 2
+    assert all(command.count("\n") == 1 for command in setups)
+
+
+def test_docstring_examples_run(tmp_path):
+    model = dense_model()
+    for cls in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback):
+        lines = [line.strip()[4:] for line in cls.__doc__.splitlines() if line.strip().startswith(">>>")]
+        place = str(tmp_path / cls.__name__)
+        exec("\n".join(lines).replace("/tmp/ckpt", place).replace("epochs=100", "epochs=2"), {**globals(), "model": model, "x": X, "y": Y})
+        assert listing(place)
+
+
+def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    committed = nbformat.read(HERE / "guide.ipynb", as_version=4)
+    executed = nbclient.NotebookClient(
+        nbformat.read(HERE / "guide.ipynb", as_version=4), timeout=300, resources={"metadata": {"path": str(HERE)}}
+    ).execute()
+
+    def outputs(notebook):
+        texts = ["".join(o.get("text", "") for o in c.outputs) for c in notebook.cells if c.cell_type == "code"]
+        # Orbax draws file names; its newest versions add an empty marker file.
+        return [re.sub(r"[0-9a-f]{32}|commit_success.txt\n", "*", text) for text in texts]
+
+    assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code")
+    assert [len(text.splitlines()) > 0 for text in outputs(committed)] == [len(t.splitlines()) > 0 for t in outputs(executed)]
+
+
+# --------------------------------------------------------------------------------------- the program to be killed
+
+
+def train(directory, final, how, epoch):
+    """Five epochs; in the given epoch, after its second batch, the run meets its end."""
+
+    class End(keras.callbacks.Callback):
+        def on_epoch_begin(self, current, logs=None):
+            self.current = current
+            if how == "SIGKILL" and current == int(epoch):
+                checkpoint.checkpoint_manager.wait_until_finished()
+
+        def on_train_batch_end(self, batch, logs=None):
+            if self.current == int(epoch) and batch == 1:
+                if how == "raise":
+                    raise RuntimeError("on purpose")
+                if how != "none":
+                    os.kill(os.getpid(), getattr(signal, how))
+
+    keras.utils.set_random_seed(0)
+    model = noisy()
+    checkpoint = OrbaxCheckpointCallback(model, directory, 1, preemption_signals=(signal.SIGTERM, signal.SIGINT))
+    history = fit(model, 5, checkpoint, End(), validation_split=0.25)
+    arrays = {f"variable_{index}": value for index, value in enumerate(values(model))}
+    np.savez(final, **arrays, loss=history.history["loss"], draws=np.hstack(next_draws()))
+
+
+def full(directory):
+    """A disk that is full from the second save on."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(40_000), layers.Dense(1)]))
+    manager = KerasOrbaxCheckpointManager(model, directory, 1)
+    manager.save_state(0)
+    manager.wait_until_finished()
+    raised = []
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        fit(model, 2, OrbaxCheckpointCallback(model, directory, 1))
+    except Exception as error:
+        assert "File too large" in str(error) or "EFBIG" in str(error), repr(error)
+        raised.append("fit")
+    manager.reload()
+    manager.save_state(1)
+    try:
+        manager.save_state(2)
+    except Exception:
+        raised.append("save")
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    print(json.dumps({"steps": manager.all_steps(), "raised": raised, "restored": manager.restore_state()}))
+
+
+if __name__ == "__main__":
+    {"train": train, "full": full}[sys.argv[1]](*sys.argv[2:])
