@@ -817,11 +817,11 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             raise ValueError(
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
             )
+        self._signals = _signals(preemption_signals)
         self.checkpoint_manager = KerasOrbaxCheckpointManager(
             model, checkpoint_dir, max_to_keep, steps_per_epoch, monitor=monitor, mode=mode, **kwargs
         )
         self._fitted_model = model
-        self._signals = _signals(preemption_signals)
         self._received: int | None = None
         self._verbose = verbose
 
