@@ -196,7 +196,7 @@ def _set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> 
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
-    """ "min" or "max" as Keras infers it from the compiled metrics, None where it cannot."""
+    """What is better, "min" or "max", as Keras infers it from the compiled metrics; None where it cannot."""
     name = monitor.removeprefix("val_")
     for group in model.metrics:
         for metric in [group, *getattr(group, "metrics", [])]:
@@ -319,10 +319,10 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
     pairs = _pair_paths(
         *(_nest((path, path) for group in weights for path in paths[group]) for paths in (live_paths, saved_paths))
     )
-    result = {
-        group: {path: pairs[path] for path in live_paths[group] if pairs.get(path) in set(saved_paths[group])}
-        for group in weights
-    }
+    result = {}
+    for group in weights:
+        here = set(saved_paths[group])
+        result[group] = {path: pairs[path] for path in live_paths[group] if pairs.get(path) in here}
     flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in pairs.items()}
 
     def renamed(path: str) -> str:
