@@ -207,11 +207,9 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
 
 def _array_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler for the arrays, with zstd or without."""
-    # Up to Orbax 0.11.20 zarr 2 is always compressed and zarr 3 never; later there is an argument as well.
-    options = {"use_zarr3": not compression}
-    if "use_compression" in inspect.signature(ocp.PyTreeCheckpointHandler).parameters:
-        options["use_compression"] = compression
-    return ocp.PyTreeCheckpointHandler(**options)
+    choice = {"use_compression": compression}  # Orbax has the choice since 0.11.26; before, it always compresses
+    known = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **{name: choice[name] for name in choice if name in known})
 
 
 # ------------------------------------------------------------------------------------------- variables
@@ -492,7 +490,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             always the newest too. Defaults to None.
         mode: `"min"` or `"max"` of `monitor` is best; `"auto"` asks the model's metrics. Defaults to `"auto"`.
         compression: Whether to compress with zstd: 8 % smaller float weights for about twice the time.
-            Defaults to False.
+            Orbax before 0.11.26 always does. Defaults to False.
         **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
             `preservation_policy`, `max_to_keep` is not used.

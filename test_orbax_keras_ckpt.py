@@ -4,6 +4,7 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
+import inspect
 import json
 import pathlib
 import random
@@ -274,7 +275,9 @@ def test_record_holds_position_variables_history_and_config(trained):
 
 @pytest.mark.parametrize("compression", [False, True])
 def test_compression_is_off_unless_asked_for(compression, tmp_path):
-    model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="zeros")]))
+    if not compression and "use_compression" not in inspect.signature(ocp.PyTreeCheckpointHandler).parameters:
+        pytest.skip("Orbax before 0.11.26 always compresses")
+    model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="ones")]))
     options = {"compression": True} if compression else {}
     manager = KerasOrbaxCheckpointManager(model, tmp_path, **options)
     manager.save_state(0)
