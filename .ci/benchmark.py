@@ -187,15 +187,14 @@ def main():
     parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)  # the process for one candidate
     options = parser.parse_args()
     model = build(options.variables, int((options.gb * 1e9 / 12 / options.variables) ** 0.5))
-    state = sum(variable.value.nbytes for variable in model.variables + model.optimizer.variables)
+    variables = model.variables + model.optimizer.variables
+    state = sum(variable.value.nbytes for variable in variables)
     work = tempfile.mkdtemp()
     try:
         if options.memory:
             print(json.dumps(memory(options.memory, model, work)))
             return
-        candidates = {name: make(model, os.path.join(work, str(i))) for i, (name, make) in enumerate(CANDIDATES.items())}
-        for i in range(len(CANDIDATES)):
-            os.makedirs(os.path.join(work, str(i)), exist_ok=True)
+        candidates = {name: make(model, tempfile.mkdtemp(dir=work)) for name, make in CANDIDATES.items()}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
             for name, candidate in candidates.items():
@@ -209,7 +208,7 @@ def main():
             results[name] |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     finally:
         shutil.rmtree(work)
-    print(f"{state / 1e9:.2f} GB in {len(model.variables + model.optimizer.variables)} variables, {options.rounds} rounds")
+    print(f"{state / 1e9:.2f} GB in {len(variables)} variables, {options.rounds} rounds")
     print("\n".join(table(results, state)))
 
 
