@@ -31,8 +31,12 @@ On disk, for the newest step 2, readable with plain Orbax:
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
 """
 
+import base64
 import dataclasses
+import datetime
+import functools
 import inspect
+import itertools
 import json
 import math
 import numbers
@@ -43,8 +47,10 @@ import signal
 import sys
 import tempfile
 import threading
+import time
+import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -76,7 +82,8 @@ class CheckpointMismatchError(CheckpointError, ValueError):
 
 _FORMAT = 1
 _RECORD_KEY = "orbax_keras_ckpt"
-_GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables")
+_REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
+_GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
 
 class _Spec(NamedTuple):
@@ -98,6 +105,43 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
+def _pack(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
+    """`value` as JSON. Arrays turn into base64, or into references to `arrays`, which they are added to."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [_pack(item, arrays) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(key), _pack(item, arrays)] for key, item in value.items()]}
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)) and np.asarray(value).dtype != object:
+        array = np.asarray(value)
+        if arrays is not None and array.size and array.ndim:
+            arrays.append(array)
+            return {"array": len(arrays) - 1}
+        return {"base64": base64.b64encode(array.tobytes()).decode(), "dtype": str(array.dtype), "shape": array.shape}
+    raise TypeError(f"a {type(value).__name__} cannot be saved")
+
+
+def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
+    """The inverse of `_pack`."""
+    match value:
+        case {"bytes": text}:
+            return base64.b64decode(text)
+        case {"list": items}:
+            return [_unpack(item, arrays) for item in items]
+        case {"tuple": items}:
+            return tuple(_unpack(item, arrays) for item in items)
+        case {"dict": items}:
+            return {_unpack(key): _unpack(item, arrays) for key, item in items}
+        case {"array": index}:
+            return arrays[index]
+        case {"base64": text, "dtype": dtype, "shape": shape}:
+            return np.frombuffer(base64.b64decode(text), jax.numpy.dtype(dtype)).reshape(shape).copy()[()]
+    return value
+
+
 @dataclasses.dataclass
 class _Record:
     """What we note beside the arrays, as JSON in Orbax's custom metadata."""
@@ -106,7 +150,12 @@ class _Record:
     variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
     metrics: dict[str, float] | None = None
     history: dict[str, Any] | None = None  # of keras.callbacks.History: epoch, history
-    random: dict[str, Any] | None = None
+    random: Any = None  # the random state here, at the start of the epoch's data, of the whole stream's
+    epoch_random: Any = None
+    stream_random: Any = None
+    logs: dict[str, float] | None = None  # what the last batch of an unfinished epoch returned
+    stateful: list[dict[str, Any]] | None = None  # name and state of each
+    unfinished: bool = False  # a snapshot under the number that the finished epoch will have
     stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -181,6 +230,30 @@ def _call_at_end(model: keras.Model, hook: Callable[[], None]) -> None:
     vars(model.optimizer)["finalize_variable_values"] = finalize_and_end
 
 
+def _wrap_train_function(model: keras.Model, wrap: Callable) -> Callable:
+    """Puts `wrap(function)` where `fit` calls `logs, state = function(state, iterator)` for each batch."""
+    function = wrap(model.train_function)
+    model.train_function = function
+    return function
+
+
+def _give_back(model: keras.Model, state: tuple) -> None:
+    """Lets `fit` put `state` back into the model although no batch follows: it has taken the variables out."""
+    model._jax_state = dict(zip(_GROUPS, state))
+    model._jax_state_synced = False
+
+
+def _steps_in(manager: ocp.CheckpointManager, directory: epath.Path) -> dict[int, epath.Path]:
+    """The committed steps in a directory and where they are, by the manager's way of naming them."""
+    found = manager._step_name_format.find_all(directory) if directory.exists() else ()
+    return {each.step: each.path for each in found}
+
+
+def _custom_metadata(path: epath.Path) -> dict[str, Any]:
+    """What Orbax keeps for us beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
+    return json.loads((path / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
+
+
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator behind `keras.random` calls without a seed; None before its first use."""
     from keras.src.backend.common import global_state
@@ -218,8 +291,10 @@ _CHUNK_BYTES = 16 * 2**20  # chunks are written and read in parallel; measured o
 _AUTOMATIC_SUFFIX = re.compile(r"_(\d+)$")
 
 
-def _variables(model: keras.Model, optimizer: bool = True) -> dict[str, list[keras.Variable]]:
-    """The model's variables by group, in its order. Raises where that is not possible or not unique."""
+def _variables(
+    model: keras.Model, optimizer: bool = True, metrics: bool = False
+) -> dict[str, dict[str, keras.Variable]]:
+    """The model's variables by group and path, in its order. Raises where that is not possible or not unique."""
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
@@ -236,6 +311,9 @@ def _variables(model: keras.Model, optimizer: bool = True) -> dict[str, list[ker
         groups[_GROUPS[2]] = list(model.optimizer.variables)
     for name, variables in groups.items():
         _check_paths(name, [variable.path for variable in variables])
+    groups = {name: {variable.path: variable for variable in members} for name, members in groups.items()}
+    if metrics:  # their paths need not be unique, and they have no life beyond their epoch
+        groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
     return groups
 
 
@@ -251,8 +329,11 @@ def _check_paths(group: str, paths: list[str]) -> None:
         known.add(path)
 
 
-def _spec(variable: keras.Variable) -> _Spec:
-    return _Spec(variable.path, tuple(variable.shape), str(variable.dtype))
+def _specs(variables: Mapping[str, Mapping[str, keras.Variable]]) -> dict[str, list[_Spec]]:
+    return {
+        group: [_Spec(path, tuple(variable.shape), str(variable.dtype)) for path, variable in members.items()]
+        for group, members in variables.items()
+    }
 
 
 def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -335,6 +416,7 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
         _nest((path, path) for path in originals), _nest((path, path) for path in saved_paths[_GROUPS[2]])
     )
     result[_GROUPS[2]] = {originals[path]: other for path, other in pairs.items()}
+    result[_GROUPS[3]] = {path: path for path in live_paths[_GROUPS[3]]}
     return result
 
 
@@ -347,15 +429,15 @@ class _Source(NamedTuple):
 
 
 def _compare(
-    variables: Mapping[str, list[keras.Variable]], saved: Mapping[str, list[_Spec]], strict: bool
+    variables: Mapping[str, Mapping[str, keras.Variable]], saved: Mapping[str, list[_Spec]], strict: bool
 ) -> tuple[list[_Source], list[str]]:
     """What to restore from where, and every difference in words. Not `strict`, another dtype is none."""
-    live = {group: [_spec(variable) for variable in members] for group, members in variables.items()}
+    live = _specs(variables)
     pairs = _pair_variables(live, saved)
     sources, differences = [], []
     for group, members in variables.items():
         by_path = {spec.path: spec for spec in saved.get(group, [])}
-        for variable, spec in zip(members, live[group]):
+        for variable, spec in zip(members.values(), live[group]):
             other = by_path.get(pairs[group].get(spec.path))
             if other is None:
                 differences.append(f"{group}: {spec.path!r} is in the model but not in the checkpoint")
@@ -379,7 +461,7 @@ def _listing(lines: list[str]) -> str:
 # ---------------------------------------------------------------------------------------- random state
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state() -> Any:
     """The global random generators as JSON: Python's, numpy's, Keras's, and torch's if it is imported."""
     generator = _global_seed_generator()
     state = {
@@ -387,14 +469,16 @@ def _random_state() -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=False),
         "keras": None if generator is None else np.asarray(generator.state.value),
     }
+    state["python"] = (*state["python"][:1], np.array(state["python"][1], np.uint32), *state["python"][2:])
     if "torch" in sys.modules:
         state["torch"] = sys.modules["torch"].get_rng_state().numpy()
-    return jax.tree.map(lambda leaf: leaf.tolist() if isinstance(leaf, np.ndarray) else leaf, state)
+    return _pack(state)
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(packed: Any) -> None:
+    state = _unpack(packed)
     version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+    random.setstate((version, tuple(internal.tolist()), gauss_next))
     np.random.set_state(state["numpy"])
     if (generator := state["keras"]) is not None:
         generator = _global_seed_generator() or keras.random.SeedGenerator(0)
@@ -402,7 +486,149 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     _set_global_seed_generator(generator)
     if "torch" in state and "torch" in sys.modules:
         torch = sys.modules["torch"]
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        torch.set_rng_state(torch.from_numpy(state["torch"]))
+
+
+# -------------------------------------------------------------------------------------- stateful objects
+
+
+def _attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """What a Keras callback remembers: its attributes, but for the run's own and for functions."""
+    functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, np.ufunc, functools.partial, type)
+    schedule = keras.optimizers.schedules.LearningRateSchedule
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if name not in ("_model", "params") and not isinstance(value, (*functions, schedule))
+    }
+
+
+class _Stateful:
+    """An object of the run beside the model: how its state is read and put back."""
+
+    def __init__(self, member: Any, label: str):
+        self.name = type(member).__name__
+        self.label = f"{label} ({self.name})"
+        self.is_data = hasattr(member, "__iter__") or hasattr(member, "__next__")
+        self._member = member
+        if hasattr(member, "get_state") and hasattr(member, "set_state"):
+            self._get, self._set = member.get_state, member.set_state
+        elif hasattr(member, "state_dict") and hasattr(member, "load_state_dict"):
+            self._get, self._set = member.state_dict, member.load_state_dict
+        elif isinstance(member, keras.callbacks.Callback):
+            self._initial = {}
+            self._get, self._set = self._changed_attributes, self._set_attributes
+        else:
+            raise TypeError(
+                f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
+                "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
+            )
+        self._initial = self.check()
+
+    def check(self) -> Any:
+        """The state as JSON. Raises where that is not possible."""
+        try:
+            return _pack(self._get())
+        except TypeError as error:
+            raise TypeError(f"The state of {self.label} cannot be saved: {error}. Leave it out.") from error
+
+    def save(self, batches: int, arrays: list[np.ndarray]) -> Any:
+        """The state as it has to be before batch `batches` of the run is trained on."""
+        return _pack(self._get(), arrays)
+
+    def load(self, state: Any, arrays: Sequence[np.ndarray]) -> None:
+        self._set(_unpack(state, arrays))
+
+    def _changed_attributes(self) -> dict[str, Any]:
+        """Those that differ from what the script had set: what it sets anew when run again is its own choice."""
+        initial = dict(self._initial["dict"]) if self._initial else {}
+
+        def is_changed(name: str, value: Any) -> bool:
+            packed = _pack(value, arrays := [])
+            return bool(arrays) or packed != initial.get(name, arrays)
+
+        return {name: value for name, value in _attributes(self._member).items() if is_changed(name, value)}
+
+    def _set_attributes(self, changed: Mapping[str, Any]) -> None:
+        vars(self._member).update(_unpack(self._initial) | dict(changed))
+
+
+class _Stream(_Stateful):
+    """An iterator that `fit` reads batches from, further than it has trained.
+
+    States are noted as (number of the batch drawn next, state). How far Keras is ahead is found out by drawing the
+    first batches of a fit once more; from then on it does not change.
+    """
+
+    _STEADY, _DISTANCE = 8, 16  # batches: until Keras's buffers are filled, and between two notes
+    _start: Any = None  # where a run continues
+
+    def begin(self, iterator: Iterator, batches: int) -> None:
+        """Before the first batch of a fit; `iterator` is Keras's, at the end of its buffers."""
+        if self._start is None:
+            self._start = _unpack(self._initial)
+        else:
+            for _ in range(self._drawn):  # from before the state was put back
+                next(iterator)
+        self._ahead, self._notes, self._start = None, [(batches, self._start)], None
+
+    def load(self, state: Any, arrays: Sequence[np.ndarray]) -> None:
+        self._drawn = self._draws_since(_unpack(self._initial))
+        note, draws = _unpack(state, arrays)
+        self._set(note)
+        for _ in range(draws):
+            next(self._member)
+        self._start = self._get()
+
+    def note(self, batches: int) -> None:
+        """Called before each batch."""
+        if self._ahead is None:
+            if batches >= self._notes[0][0] + self._STEADY:
+                self._ahead = self._measure(batches)
+        elif batches + self._ahead >= self._notes[-1][0] + self._DISTANCE:
+            self._notes = [self._notes[-1], (batches + self._ahead, self._get())]
+
+    def save(self, batches: int, arrays: list[np.ndarray]) -> Any:
+        ahead = self._measure(batches) if self._ahead is None else self._ahead
+        notes = [*self._notes, (batches + ahead, self._get())]
+        start, state = max((note for note in notes if note[0] <= batches), key=lambda note: note[0])
+        return _pack((state, batches - start), arrays)
+
+    def end(self) -> None:
+        """After a fit: another one starts from here."""
+        self._initial = _pack(self._get())
+
+    def _measure(self, batches: int) -> int:
+        start, state = self._notes[0]
+        ahead = self._draws_since(state) - (batches - start)
+        if ahead < 0:
+            raise ValueError(
+                f"{self.label} has given fewer batches than fit has trained on. Let fit read from it, one batch for "
+                "each next(), or leave it out of stateful."
+            )
+        return ahead
+
+    def _draws_since(self, state: Any) -> int:
+        """How many draws lead from `state` to where the iterator is, and where it is again in the end."""
+        here, draws = _pack(self._get()), 0
+        self._set(state)
+        while _pack(self._get()) != here:
+            next(self._member)
+            draws += 1
+        return draws
+
+
+class _Counted:
+    """An iterator that counts."""
+
+    def __init__(self, iterator: Iterator):
+        self.iterator = iterator
+        self.count = 0
+
+    def __next__(self) -> Any:
+        item = next(self.iterator)
+        self.count += 1
+        return item
 
 
 # --------------------------------------------------------------------------------------------- manager
@@ -466,6 +692,12 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return epath.Path(path)
 
 
+class _Restored(NamedTuple):
+    step: int
+    record: _Record | None  # None where others wrote the checkpoint
+    arrays: list[np.ndarray]  # of the stateful objects
+
+
 class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     """Saves and restores the state of a Keras model with Orbax.
 
@@ -523,9 +755,10 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._monitor = monitor
         self._mode = mode
         self._model_config = None
+        self._replacing = (directory / _REPLACED).exists()
         super().__init__(
             directory,
-            item_handlers={"default": _array_handler(compression)},
+            item_handlers={name: _array_handler(compression) for name in ("default", "stateful")},
             options=ocp.CheckpointManagerOptions(**self._retention(max_to_keep, kwargs), **kwargs),
         )
 
@@ -570,9 +803,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if self._monitor is not None:
             self._resolved_mode()
 
-    def _position(self, step: int, record: _Record | None) -> _Position:
-        """Where a run continues after `step`."""
-        return record.position if record else _Position(step // self._steps_per_epoch + 1)
+    def _position(self, restored: _Restored | None) -> _Position:
+        """Where a run continues."""
+        if restored is None:
+            return _Position(0, batches=0)
+        return restored.record.position if restored.record else _Position(restored.step // self._steps_per_epoch + 1)
 
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save the model: epoch `epoch` (counted from 0) is complete.
@@ -593,12 +828,26 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
-    def _save(self, step: int, position: _Position, metrics: Mapping[str, float] | None, **notes: Any) -> bool:
-        """Saves everything under `step`; `notes` are further fields of the record."""
+    def _save(
+        self,
+        step: int,
+        position: _Position,
+        metrics: Mapping[str, float] | None,
+        values: Sequence[list[jax.Array]] | None = None,
+        arrays: Sequence[np.ndarray] = (),
+        force: bool = False,
+        **notes: Any,
+    ) -> bool:
+        """Saves everything under `step`. `values` are those of all variables where the model itself has not got them,
+        `arrays` belong to stateful objects, `notes` are further fields of the record."""
+        if self._replacing:
+            self.wait_until_finished()
+        if self._is_unfinished(step):
+            self._set_aside(step)
         self._check_newer(step)
-        variables = _variables(self._model)
+        variables = _variables(self._model, metrics=values is not None)
         metrics = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
-        if self._monitor is not None and self._monitor not in metrics:
+        if self._monitor is not None and self._monitor not in metrics and not notes.get("unfinished"):
             warnings.warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
                 f"the worst. There are: {', '.join(map(repr, metrics)) or 'none'}.",
@@ -606,24 +855,50 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
         record = _Record(
             position=position,
-            variables={group: [_spec(variable) for variable in members] for group, members in variables.items()},
+            variables=_specs(variables),
             metrics=metrics,
             model=self._config(),
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
             **notes,
         )
+        if values is None:
+            values = [[variable.value for variable in members.values()] for members in variables.values()]
         # Orbax refuses arrays without elements; the record says all there is to say about them.
-        arrays = {
-            group: _nest((variable.path, variable.value) for variable in members if math.prod(variable.shape))
-            for group, members in variables.items()
+        tree = {
+            group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
+            for (group, members), leaves in zip(variables.items(), values)
         }
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
+        items = {"default": tree} | ({"stateful": {f"{i:04}": a for i, a in enumerate(arrays)}} if arrays else {})
+        chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+        arguments = {
+            name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item))
+            for name, item in items.items()
+        }
         return self.save(
             step,
-            args=ocp.args.Composite(default=ocp.args.PyTreeSave(arrays, save_args=chunks)),
+            args=ocp.args.Composite(**arguments),
             metrics=metrics if self._monitor is not None else None,
             custom_metadata=record.to_metadata(),
+            force=force,
         )
+
+    def _is_unfinished(self, step: int) -> bool:
+        """Whether `step` is there, and inside the epoch whose end has this number as well."""
+        if step != self.latest_step():
+            return False
+        record = _Record.from_metadata(_custom_metadata(_steps_in(self, self.directory)[step]))
+        return record is not None and record.unfinished
+
+    def _set_aside(self, step: int) -> None:
+        """Makes room for another checkpoint of that number. Until that is committed, this one is still to be found."""
+        found = _steps_in(self, self.directory)[step]
+        aside = self.directory / _REPLACED / found.name
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            aside.rmtree()
+        found.rename(aside)
+        self._replacing = True
+        self.reload()
 
     def _check_newer(self, step: int) -> None:
         if (newest := self.latest_step()) is not None and step <= newest:
@@ -665,24 +940,35 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             CheckpointMismatchError: The model is not the one that was saved. It has not been changed.
             FileNotFoundError: There is no checkpoint of that step.
         """
-        return self._restore(step, weights_only=weights_only, strict=strict, donate=donate)[0]
+        found = self._restore(step, weights_only=weights_only, strict=strict, donate=donate)
+        return None if found is None else found.step
 
     def _restore(
-        self, step: int | None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
-    ) -> tuple[int | None, _Record | None]:
-        """Check, read, assign. The record is None where the directory is empty or others wrote the checkpoint."""
+        self,
+        step: int | None,
+        *,
+        weights_only: bool = False,
+        strict: bool = True,
+        donate: bool = False,
+        check: Callable[[_Record | None], None] | None = None,
+    ) -> "_Restored | None":
+        """Check, read, assign. None where the directory is empty. With `check`, all that belongs to a run is read."""
         variables = _variables(self._model, optimizer=not weights_only)
         self.wait_until_finished()
         self.reload()  # others may have written since we looked
-        if step is None and (step := self.latest_step()) is None:
-            return None, None
-        if step not in self.all_steps():
+        steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
+        if step is None and (step := max(steps, default=None)) is None:
+            return None
+        if step not in steps:
             raise FileNotFoundError(
-                f"There is no checkpoint of step {step} in {self.directory}. Steps there: {list(self.all_steps())}."
+                f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
             )
-        metadata = self.metadata(step)
-        record = _Record.from_metadata(metadata.custom_metadata)
-        saved = record.variables if record else _foreign_variables(metadata.item_metadata["default"])
+        record = _Record.from_metadata(_custom_metadata(steps[step]))
+        saved = record.variables if record else _foreign_variables(self.metadata(step).item_metadata["default"])
+        if check is not None:
+            check(record)
+            if _GROUPS[3] in saved:
+                variables = _variables(self._model, metrics=True)
         sources, differences = _compare(variables, saved, strict)
         if differences and strict:
             raise CheckpointMismatchError(
@@ -691,11 +977,14 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
         if differences:
             warnings.warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=4)
-        self._assign(sources, self._read(step, sources, donate))
-        return step, record
+        arrays, others = self._read(steps[step], step, sources, donate, stateful=check is not None)
+        self._assign(sources, arrays)
+        return _Restored(step, record, others)
 
-    def _read(self, step: int, sources: list[_Source], donate: bool) -> dict[str, Any]:
-        """The arrays of `sources`, in the sharding and dtype of the variables."""
+    def _read(
+        self, path: epath.Path, step: int, sources: list[_Source], donate: bool, stateful: bool
+    ) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The arrays of `sources`, in the sharding and dtype of the variables, and those of stateful objects."""
         wanted = {group: [] for group in _GROUPS}
         for group, variable, saved in sources:
             if math.prod(saved.shape):
@@ -705,12 +994,14 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 if donate:
                     value.delete()
         wanted = {group: _nest(leaves) for group, leaves in wanted.items() if leaves}
-        if not wanted:
-            return {}
-        arguments = ocp.args.PyTreeRestore(
-            wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        return self.restore(step, args=ocp.args.Composite(default=arguments))["default"]
+        items = {}
+        if wanted:
+            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+            items["default"] = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
+        if stateful and (path / "stateful").exists():
+            items["stateful"] = ocp.args.PyTreeRestore()
+        read = self.restore(step, args=ocp.args.Composite(**items), directory=path.parent) if items else {}
+        return read.get("default", {}), [array for _, array in sorted((read.get("stateful") or {}).items())]
 
     def _assign(self, sources: list[_Source], arrays: Mapping[str, Any]) -> None:
         for group, variable, saved in sources:
@@ -725,6 +1016,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             # Orbax has also forgotten the steps that the failed save would have replaced.
             self.reload()
             raise
+        if self._replacing and max(_steps_in(self, self.directory / _REPLACED), default=-1) <= (
+            self.latest_step() or -1
+        ):
+            (self.directory / _REPLACED).rmtree(missing_ok=True)
+            self._replacing = False
 
 
 def _foreign_variables(metadata: Any) -> dict[str, list[_Spec]]:
@@ -737,7 +1033,7 @@ def _foreign_variables(metadata: Any) -> dict[str, list[_Spec]]:
             else:
                 yield _Spec(prefix + name, tuple(value.shape), str(np.dtype(value.dtype)))
 
-    return {group: list(leaves(metadata.tree.get(group, {}))) for group in _GROUPS}
+    return {group: list(leaves(metadata.tree.get(group, {}))) for group in _GROUPS[:3]}
 
 
 # -------------------------------------------------------------------------------------------- callback
@@ -756,12 +1052,42 @@ def _signals(numbers: Any) -> tuple[signal.Signals, ...]:
     return signals
 
 
-class OrbaxCheckpointCallback(keras.callbacks.Callback):
-    """Saves the whole training state after every epoch, and continues from it when `fit` starts.
+_PROGRESS_SECONDS = 5.0  # between two lines about reading past
+_SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
-    The same script run again continues with the epoch after the newest checkpoint and stops at the same
-    `epochs`. A run that is complete, or that another callback has stopped, loads its final state and
-    returns. `fit` returns when everything is committed to disk.
+
+def _check_save_freq(save_freq: Any, monitor: Any) -> None:
+    if save_freq == "epoch":
+        return
+    if isinstance(save_freq, datetime.timedelta):
+        is_valid = save_freq > datetime.timedelta(0)
+    else:
+        is_valid = _is_count(save_freq)
+    if not is_valid:
+        raise ValueError(
+            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
+        )
+    if monitor is not None:
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
+
+
+def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
+    """All variables that training changes, as `fit` hands them to the train function."""
+    optimizer = model.optimizer.variables
+    return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
+
+
+def _values(variables: Iterable[list[keras.Variable]]) -> tuple[list[jax.Array], ...]:
+    return tuple([variable.value for variable in members] for members in variables)
+
+
+class OrbaxCheckpointCallback(keras.callbacks.Callback):
+    """Saves the whole training state during `fit`, and continues from it when `fit` starts.
+
+    The same script run again continues with the batch after the newest checkpoint and stops at the same
+    `epochs`. Batches of the epoch that were trained on already are read past. A run that is complete, or that
+    another callback has stopped, loads its final state and returns. `fit` returns when everything is
+    committed to disk.
 
     Example:
 
@@ -773,12 +1099,22 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         checkpoint_dir: As in `KerasOrbaxCheckpointManager`, like the further ones.
         max_to_keep: See there. Defaults to 5.
         steps_per_epoch: See there. Defaults to 1.
-        save_freq: `"epoch"`: after every epoch.
+        save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
+            a `datetime.timedelta`, at the first batch after that time. The last state of a run is saved in
+            any case. The step is the number of train batches completed, unless it is `"epoch"`.
+            Defaults to `"epoch"`.
         monitor: See there; a name in the logs of an epoch, such as `"val_loss"`. Defaults to None.
         mode: See there. Defaults to `"auto"`.
-        preemption_signals: Signals on which the run ends after the epoch that it is in, once that is saved,
-            with exit code 128 + signal (`KeyboardInterrupt` for SIGINT). Defaults to SIGTERM. Earlier
-            Python handlers are called once it is saved, and put back when `fit` ends.
+        stateful: Other objects that are a part of the run: Keras callbacks, and objects with `get_state` and
+            `set_state` (Grain iterators) or `state_dict` and `load_state_dict`. Callbacks come back with
+            the attributes that have changed since this callback was made; an iterator that `fit` reads
+            from at the first batch that was not trained on, and nothing is read past. Defaults to `()`.
+        continuous_data: Whether `fit` reads one endless stream, of which `fit`'s `steps_per_epoch` makes epochs.
+            Then all batches of the run so far are read past. Defaults to False: the data starts again with
+            every epoch.
+        preemption_signals: Signals on which the state is saved within a batch, and the process exits with
+            128 + signal (`KeyboardInterrupt` for SIGINT). Earlier Python handlers are called once it is
+            saved, and put back when `fit` ends. Defaults to SIGTERM.
         verbose: 1 prints a line for every save and load, 0 prints nothing. Defaults to 1.
         **kwargs: `compression`, and fields of `orbax.checkpoint.CheckpointManagerOptions`.
 
@@ -787,7 +1123,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     Raises:
         ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX.
-        TypeError: A keyword is neither ours nor Orbax's.
+        TypeError: A keyword is neither ours nor Orbax's, or the state of a `stateful` object cannot be saved.
         OSError: The directory cannot be written to.
     """
 
@@ -798,48 +1134,72 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         max_to_keep: int | None = 5,
         steps_per_epoch: int = 1,
         *,
-        save_freq: str = "epoch",
+        save_freq: str | int | datetime.timedelta = "epoch",
         monitor: str | None = None,
         mode: str = "auto",
+        stateful: Sequence[Any] = (),
+        continuous_data: bool = False,
         preemption_signals: Iterable[int] = (signal.SIGTERM,),
         verbose: int = 1,
         **kwargs: Any,
     ):
         super().__init__()
         _check_backend()
-        if save_freq != "epoch":
-            raise ValueError(f'save_freq={save_freq!r}: give "epoch", this version saves after every epoch.')
+        _check_save_freq(save_freq, monitor)
         if verbose not in (0, 1):
             raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
+        if not isinstance(stateful, (list, tuple)):
+            raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
         if isinstance(model, keras.Model) and not model.compiled:
             raise ValueError(
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
             )
         self._signals = _signals(preemption_signals)
+        self._stateful = [
+            (_Stream if hasattr(member, "__next__") else _Stateful)(member, f"stateful[{i}]")
+            for i, member in enumerate(stateful)
+        ]
         self.checkpoint_manager = KerasOrbaxCheckpointManager(
             model, checkpoint_dir, max_to_keep, steps_per_epoch, monitor=monitor, mode=mode, **kwargs
         )
         self._fitted_model = model
-        self._received: int | None = None
+        self._save_freq = save_freq
+        self._continuous = bool(continuous_data)
         self._verbose = verbose
+        self._streams = [member for member in self._stateful if isinstance(member, _Stream)]
+        self._has_data = any(member.is_data for member in self._stateful)
+        self._fitting = False
+
+    # Hooks, in the order in which fit calls them.
 
     def on_train_begin(self, logs: Any = None) -> None:
-        model, manager = self._fitted_model, self.checkpoint_manager
+        model, manager, epochs = self._fitted_model, self.checkpoint_manager, self.params["epochs"]
         if self._model is not model:
             raise ValueError(
                 f"This callback was made for the model {model.name!r}, but the model being fitted is "
                 f"{self._model.name!r}. Make the callback with the model that you fit."
             )
         manager._start_run()
-        step, self._loaded = manager._restore(None)
-        start = _Position(0) if step is None else manager._position(step, self._loaded)
-        stopped = self._loaded is not None and self.params["epochs"] <= (self._loaded.stopped or 0)
-        self._first_epoch = max(start.epoch, self.params["epochs"]) if stopped else start.epoch
-        if step is not None:
-            self._say_loaded(step, start)
-        if self._first_epoch < self.params["epochs"]:
-            manager._check_newer(self._first_epoch * manager._steps_per_epoch)
-        self._is_last = _call_last(model, self.params, on_train_begin=self._begin, on_epoch_end=self._complete_epoch)
+        self._resume = restored = manager._restore(None, donate=True, check=self._check_record)
+        self._record = restored.record if restored else None
+        self._start = start = manager._position(restored)
+        # Another callback may change variables before or while batches are read past.
+        self._values = _values(_train_state(model))
+        stopped = self._record is not None and epochs <= (self._record.stopped or 0)
+        self._first_epoch = max(start.epoch, epochs) if stopped else start.epoch
+        if start.batches is None and self._continuous and not self._has_data:
+            raise CheckpointError(
+                f"Step {restored.step} was not saved by this callback, so it is not known how much of the stream "
+                "(continuous_data=True) has been read. Nothing was changed on disk. Use another directory."
+            )
+        self._batches = start.epoch * manager._steps_per_epoch if start.batches is None else start.batches
+        self._saved, self._on_disk = self._batches, None if restored is None else self._batches
+        if restored is not None:
+            self._say_loaded(restored.step, start)
+        if self._first_epoch < epochs and not (self._record and self._record.unfinished):
+            manager._check_newer(self._step(self._first_epoch, self._batches + 1))
+        hooks = {"on_train_begin": self._begin, "on_epoch_begin": self._begin_epoch, "on_epoch_end": self._end_epoch}
+        self._is_last = _call_last(model, self.params, **hooks)
         if not self._is_last:
             self._begin()
 
@@ -847,52 +1207,271 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         """The very end of `on_train_begin`, behind all other callbacks."""
         model = self._fitted_model
         _call_at_end(model, self._end)
+        self._fitting, self._train_function, self._counted = True, None, None
+        for member in self._stateful:
+            member.check()  # again: what other callbacks have just opened, such as files, cannot be saved
+        self._stream_random = self._record.stream_random if self._record else None
+        self._logs = self._record.logs if self._record else None
+        self._saved_at = time.monotonic()
         self._catch_signals()
-        if self._first_epoch:
-            _start_at_epoch(model, self._first_epoch)
-        if self._loaded is not None and self._loaded.random is not None:
-            _set_random_state(self._loaded.random)
-        if self._loaded is not None and self._loaded.history is not None and self._is_last:
-            vars(model.history).update(self._loaded.history)
-        self._loaded = None
+        if self._resume is not None:
+            if self._first_epoch:
+                _start_at_epoch(model, self._first_epoch)
+            for variables, values in zip(_train_state(model), self._values):
+                for variable, value in zip(variables, values):
+                    if variable.value is not value:
+                        variable.assign(value)
+            self._put_back()
+            if self._record and self._record.history is not None and self._is_last:
+                vars(model.history).update(self._record.history)
 
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if not self._is_last:
-            self._complete_epoch(epoch, logs)
+            self._begin_epoch(epoch)
 
-    def _complete_epoch(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
-        model, manager = self._fitted_model, self.checkpoint_manager
-        history = {name: vars(model.history)[name] for name in ("epoch", "history")} if self._is_last else None
-        started = manager._save(
-            epoch * manager._steps_per_epoch,
-            _Position(epoch + 1),
-            logs,
-            history=history,
-            random=_random_state(),
-            stopped=self.params["epochs"] if model.stop_training else None,
-        )
-        if started:
-            self._say("Save Orbax checkpoint on_epoch_end.")
+    def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
+        """The very end of `on_epoch_begin`, just before the data may draw its order."""
+        self._epoch, self._batch = epoch, 0
+        if self._resume is not None and self._start.batch:
+            _set_random_state(self._record.epoch_random)
+        self._epoch_random = _random_state()
+        self._stream_random = self._stream_random or self._epoch_random
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._fitted_model.train_function is not self._train_function:  # the first time, or it was made anew
+            self._inner_function = self._fitted_model.train_function
+            self._train_function = _wrap_train_function(self._fitted_model, self._watch)
+
+    def _watch(self, function: Callable) -> Callable:
+        """`function`, with us between the callbacks' `on_train_batch_begin` and the batch."""
+
+        def train_function(state: tuple, iterator: Iterator) -> tuple:
+            try:
+                if self._counted is None or self._counted.iterator is not iterator or not self._batch:
+                    self._begin_reading(iterator)
+                if self._resume is not None:
+                    state, is_past = self._read_past(state, iterator)
+                    if is_past:
+                        return self._logs, state
+                if self._received is not None or self._is_due():
+                    self._save_inside(state)
+                for stream in self._streams:
+                    stream.note(self._batches)
+            except BaseException:
+                _give_back(self._fitted_model, state)
+                raise
+            counted = self._counted
+            self._logs, state = function(state, counted)
+            self._batch += counted.count
+            self._batches += counted.count
+            counted.count = 0
+            return self._logs, state
+
+        return train_function
+
+    def _begin_reading(self, iterator: Iterator) -> None:
+        """The first batch of an epoch."""
+        is_first, is_new = self._counted is None, self._counted is None or self._counted.iterator is not iterator
+        if is_new:
+            self._counted = _Counted(iterator)
+        if not is_first and not self._has_data and is_new == self._continuous:
+            warnings.warn(
+                "continuous_data=True, but the data starts again with every epoch."
+                if is_new
+                else "The data goes on from epoch to epoch: without continuous_data=True, a run that is interrupted "
+                "continues with other data.",
+                stacklevel=2,
+            )
+        if is_first:
+            for member, state in self._saved_states():
+                if member.is_data and state is not None:
+                    member.load(state, self._resume.arrays)
+                if isinstance(member, _Stream):
+                    member.begin(iterator, self._batches)
+            if self._resume is not None and self._continuous and not self._has_data:
+                self._read_past_epochs(iterator)
+
+    def _saved_states(self) -> Iterable[tuple[_Stateful, Any]]:
+        """The stateful objects, and what the checkpoint that is being continued says of each."""
+        saved = self._record.stateful if self._resume is not None and self._record else None
+        return zip(self._stateful, [each["state"] for each in saved] if saved else itertools.repeat(None))
+
+    def _read_past_epochs(self, iterator: Iterator) -> None:
+        """Those of a stream that the run has completed."""
+        now = _random_state()
+        _set_random_state(self._stream_random)
+        for batch in range(self._batches - self._start.batch):
+            self._read(iterator, batch, self._batches)
+        if not self._start.batch:
+            _set_random_state(now)
+
+    def _read(self, iterator: Iterator, batch: int, batches: int) -> None:
+        """Reads past a batch."""
         if self._received is not None:
-            self._leave(self._received)
+            self._leave()
+        if time.monotonic() - self._saved_at > _PROGRESS_SECONDS:
+            self._saved_at = time.monotonic()
+            self._say(f"Read past batch {batch + 1} of {batches}.")
+        try:
+            next(iterator)
+        except StopIteration:
+            raise CheckpointMismatchError(
+                f"The data ends after {batch} batches, but the checkpoint of step {self._resume.step} was made after "
+                f"{batches}. Nothing was changed on disk. Give fit the data of the run that you continue."
+            ) from None
 
-    def on_train_end(self, logs: Any = None) -> None:
-        self.checkpoint_manager.wait_until_finished()
+    def _read_past(self, state: tuple, iterator: Iterator) -> tuple[tuple, bool]:
+        """The state, and whether the batch is one that was trained on already."""
+        if self._batch < self._start.batch:
+            calls = self._fitted_model.steps_per_execution
+            if self._start.batch % calls:
+                raise CheckpointMismatchError(
+                    f"Step {self._resume.step} was made after {self._start.batch} batches of an epoch, which is no "
+                    f"multiple of steps_per_execution={calls}. Nothing was changed on disk. Compile as before."
+                )
+            for batch in range(self._batch, self._batch + calls):
+                if not self._has_data:
+                    self._read(iterator, batch, self._start.batch)
+            self._batch += calls
+            return self._values, True
+        if self._start.batch:
+            state = self._values
+        self._arrive()
+        return state, False
+
+    def _arrive(self) -> None:
+        """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
+        if self._start.batch:
+            self._put_back()
+        self._resume = self._values = None
+        self._saved_at = time.monotonic()
+
+    def _put_back(self) -> None:
+        for member, state in self._saved_states():
+            if not member.is_data and state is not None:
+                member.load(state, self._resume.arrays)
+        if self._record and self._record.random:
+            _set_random_state(self._record.random)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Validation may change variables and random states, and starts again when a run is continued."""
+        if not self._fitting:
+            return
+        if self._resume is not None:
+            self._arrive()
+        _, fixed, _, metrics = _train_state(self._fitted_model)
+        # What is large does not change: it is frozen weights.
+        copies = [
+            [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed],
+            [jax.numpy.copy(v.value) for v in metrics],
+        ]
+        self._before_validation = copies, self._notes()
+
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
+        if self._fitting and self._received is not None:
+            self._fitted_model.jax_state_sync()
+            (fixed, metrics), notes = self._before_validation
+            trained, now, optimizer, _ = _values(_train_state(self._fitted_model))
+            fixed = [new if old is None else old for old, new in zip(fixed, now)]
+            self._save_inside((trained, fixed, optimizer, metrics), notes)
+
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        if not self._is_last:
+            self._end_epoch(epoch, logs)
+
+    def _end_epoch(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
+        """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
+        model = self._fitted_model
+        self._resume = self._before_validation = None
+        is_last = model.stop_training or epoch + 1 >= self.params["epochs"]
+        if self._save_freq == "epoch" or is_last or self._is_due() or self._received is not None:
+            started = self._save(
+                _Position(epoch + 1, 0, self._batches),
+                logs,
+                self._notes(),
+                stopped=self.params["epochs"] if model.stop_training else None,
+                force=is_last or self._received is not None,
+            )
+            if started:
+                self._say("Save Orbax checkpoint on_epoch_end.")
+        if self._received is not None:
+            self._leave()
 
     def _end(self) -> None:
         """However `fit` ends: nothing of this run is left in the model, and what was being saved is on disk."""
-        _start_at_epoch(self._fitted_model, None)
+        model, failure = self._fitted_model, sys.exc_info()[1]
+        self._fitting, self._resume, self._values, self._before_validation = False, None, None, None
+        _start_at_epoch(model, None)
+        if self._train_function is not None and model.train_function is self._train_function:
+            model.train_function = self._inner_function
+        for stream in self._streams:
+            stream.end()
         for number, handler in self._earlier_handlers.items():
             signal.signal(number, handler)
-        failure = sys.exc_info()[1]
         try:
             self.checkpoint_manager.wait_until_finished()
         except Exception as error:
             if failure is None:
                 raise
             warnings.warn(f"The last save has failed as well: {error!r}", stacklevel=2)  # not to hide the first error
+        if self._received is not None and failure is None:
+            self._leave()
 
+    # Saving.
+
+    def _step(self, epoch: int, batches: int) -> int:
+        return epoch * self.checkpoint_manager._steps_per_epoch if self._save_freq == "epoch" else batches
+
+    def _is_due(self) -> bool:
+        if isinstance(self._save_freq, int):
+            return self._batches // self._save_freq > self._saved // self._save_freq
+        if isinstance(self._save_freq, datetime.timedelta):
+            return time.monotonic() - self._saved_at >= self._save_freq.total_seconds() and self._batches > self._saved
+        return False
+
+    def _notes(self) -> dict[str, Any]:
+        """What belongs to a checkpoint at this very moment beside the model's variables."""
+        arrays = []
+        states = [{"name": member.name, "state": member.save(self._batches, arrays)} for member in self._stateful]
+        return {
+            "stateful": states,
+            "arrays": arrays,
+            "random": _random_state(),
+            "epoch_random": self._epoch_random,
+            "stream_random": self._stream_random,
+        }
+
+    def _save(self, position: _Position, metrics: Any, notes: dict[str, Any], **further: Any) -> bool:
+        history = vars(self._fitted_model.history) if self._is_last else None
+        started = self.checkpoint_manager._save(
+            self._step(self._epoch, self._batches),
+            position,
+            metrics,
+            history=history and {"epoch": history["epoch"], "history": history["history"]},
+            **notes,
+            **further,
+        )
+        self._saved, self._saved_at = self._batches, time.monotonic()
+        self._on_disk = self._batches if started else self._on_disk
+        return started
+
+    def _save_inside(self, state: Sequence[list[jax.Array]], notes: dict[str, Any] | None = None) -> None:
+        """Saves a snapshot inside the epoch; leaves if that is asked for."""
+        if self._batches != self._on_disk:
+            self._save(
+                _Position(self._epoch, self._batch, self._batches),
+                None,
+                notes or self._notes(),
+                values=state,
+                logs=self._logs,
+                unfinished=self._save_freq == "epoch" or notes is not None,
+                force=True,
+            )
+            self._say(f"Save Orbax checkpoint in epoch {self._epoch + 1}, after batch {self._batch}.")
+        if self._received is not None:
+            self._leave()
+
+    # Signals.
     def _catch_signals(self) -> None:
         self._received, self._earlier_handlers = None, {}
         if threading.current_thread() is not threading.main_thread():
@@ -905,14 +1484,26 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _note_signal(self, number: int, frame: Any) -> None:
         self._received = number
 
-    def _leave(self, number: int) -> None:
+    def _leave(self) -> None:
         """Ends the process as the signal asks, with everything on disk."""
+        number = self._received
         self.checkpoint_manager.wait_until_finished()
         self._say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
         earlier = self._earlier_handlers[number]
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, None)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    def _check_record(self, record: _Record | None) -> None:
+        saved = None if record is None or record.stateful is None else [each["name"] for each in record.stateful]
+        given = [member.name for member in self._stateful]
+        if saved is None and given:
+            warnings.warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=4)
+        elif saved is not None and saved != given:
+            raise CheckpointMismatchError(
+                f"The checkpoint was saved with stateful={saved}, but stateful={given} is given. Nothing was changed. "
+                "Give objects of the same types in the same order, or use another directory."
+            )
 
     def _say_loaded(self, step: int, start: _Position) -> None:
         epochs = self.params["epochs"]
@@ -922,7 +1513,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         elif self._first_epoch >= epochs:
             self._say(f"Nothing left to train: a callback stopped the run after {start.epoch} epochs (step {step}).")
         else:
-            self._say(f"Continue with epoch {start.epoch + 1} of {epochs} (step {step}).")
+            after = f", after batch {start.batch}" if start.batch else ""
+            self._say(f"Continue with epoch {start.epoch + 1} of {epochs}{after} (step {step}).")
 
     def _say(self, line: str) -> None:
         if self._verbose and jax.process_index() == 0:
