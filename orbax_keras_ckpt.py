@@ -7,21 +7,23 @@
 
     checkpoint = OrbaxCheckpointCallback(model, "/tmp/ckpt", max_to_keep=3)
     model.fit(x, y, epochs=100, callbacks=[checkpoint])
-    # Killed? Run the same script again. It goes on with the next epoch, bit for bit.
+    # Killed? Run the same script again. It goes on where it stopped, bit for bit.
 
 Promised:
 
-- The same script again continues with the epoch after the newest checkpoint and ends at the same
-  `epochs`. Weights, optimizer, random draws and the `History` equal those of a run never interrupted.
+- The same script again continues with the batch after the newest checkpoint and ends at the same `epochs`.
+- Weights, optimizer, metrics, random draws and the `History` equal those of a run never interrupted.
+- From the first commit on there is always a restorable checkpoint, whenever the process is killed.
+- `stateful` callbacks and data iterators come back as they were.
 - Saving happens in the background; `fit` returns when everything is committed, or raises.
 - A checkpoint is compared with the model before anything is read. If they differ, one error lists the
   differences and the model stays as it was.
-- Variables are matched by path. Names that Keras numbers by itself (`dense_3`) may differ.
+- On SIGTERM the state is saved within a batch and the process exits with code 143.
+- Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
 
 Not promised:
 
-- Progress inside an epoch: a run that is killed repeats the epoch that it was in.
-- State of other callbacks and of data pipelines that shuffle by a generator of their own.
+- State of objects that are not in `stateful`, and of data that does not replay the same batches.
 
 On disk, for the newest step 2, readable with plain Orbax:
 
@@ -121,7 +123,15 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
             arrays.append(array)
             return {"array": len(arrays) - 1}
         return {"base64": base64.b64encode(array.tobytes()).decode(), "dtype": str(array.dtype), "shape": array.shape}
+    if (name := _operation(value)) is not None:
+        return {"operation": name}
     raise TypeError(f"a {type(value).__name__} cannot be saved")
+
+
+def _operation(value: Any) -> str | None:
+    """The name of a function of `keras.ops`: callbacks remember what "better" means as one of these."""
+    name = getattr(value, "__name__", "")
+    return name if isinstance(name, str) and name and getattr(keras.ops, name, None) is value else None
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
@@ -137,6 +147,8 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             return {_unpack(key): _unpack(item, arrays) for key, item in items}
         case {"array": index}:
             return arrays[index]
+        case {"operation": name}:
+            return getattr(keras.ops, name)
         case {"base64": text, "dtype": dtype, "shape": shape}:
             return np.frombuffer(base64.b64decode(text), jax.numpy.dtype(dtype)).reshape(shape).copy()[()]
     return value
@@ -155,7 +167,7 @@ class _Record:
     stream_random: Any = None
     logs: dict[str, float] | None = None  # what the last batch of an unfinished epoch returned
     stateful: list[dict[str, Any]] | None = None  # name and state of each
-    unfinished: bool = False  # a snapshot under the number that the finished epoch will have
+    unfinished: bool = False  # inside an epoch; its end may get the same number
     stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -493,13 +505,13 @@ def _set_random_state(packed: Any) -> None:
 
 
 def _attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """What a Keras callback remembers: its attributes, but for the run's own and for functions."""
+    """What a Keras callback remembers: its attributes, but for the run's own and for functions of the script."""
     functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, np.ufunc, functools.partial, type)
     schedule = keras.optimizers.schedules.LearningRateSchedule
     return {
         name: value
         for name, value in vars(callback).items()
-        if name not in ("_model", "params") and not isinstance(value, (*functions, schedule))
+        if name not in ("_model", "params") and (_operation(value) or not isinstance(value, (*functions, schedule)))
     }
 
 
@@ -886,6 +898,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """Whether `step` is there, and inside the epoch whose end has this number as well."""
         if step != self.latest_step():
             return False
+        self.wait_until_finished()
         record = _Record.from_metadata(_custom_metadata(_steps_in(self, self.directory)[step]))
         return record is not None and record.unfinished
 
@@ -1206,17 +1219,13 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _begin(self, logs: Any = None) -> None:
         """The very end of `on_train_begin`, behind all other callbacks."""
         model = self._fitted_model
-        _call_at_end(model, self._end)
         self._fitting, self._train_function, self._counted = True, None, None
         for member in self._stateful:
             member.check()  # again: what other callbacks have just opened, such as files, cannot be saved
         self._stream_random = self._record.stream_random if self._record else None
         self._logs = self._record.logs if self._record else None
         self._saved_at = time.monotonic()
-        self._catch_signals()
         if self._resume is not None:
-            if self._first_epoch:
-                _start_at_epoch(model, self._first_epoch)
             for variables, values in zip(_train_state(model), self._values):
                 for variable, value in zip(variables, values):
                     if variable.value is not value:
@@ -1224,6 +1233,9 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             self._put_back()
             if self._record and self._record.history is not None and self._is_last:
                 vars(model.history).update(self._record.history)
+            _start_at_epoch(model, self._first_epoch)
+        self._catch_signals()
+        _call_at_end(model, self._end)  # from here on, fit gets there whatever happens
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if not self._is_last:
@@ -1315,10 +1327,13 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         try:
             next(iterator)
         except StopIteration:
-            raise CheckpointMismatchError(
-                f"The data ends after {batch} batches, but the checkpoint of step {self._resume.step} was made after "
-                f"{batches}. Nothing was changed on disk. Give fit the data of the run that you continue."
-            ) from None
+            raise self._data_ended(batch, batches) from None
+
+    def _data_ended(self, batch: int, batches: int) -> CheckpointMismatchError:
+        return CheckpointMismatchError(
+            f"The data ends after {batch} batches, but the checkpoint of step {self._resume.step} was made after "
+            f"{batches}. Nothing was changed on disk. Give fit the data of the run that you continue."
+        )
 
     def _read_past(self, state: tuple, iterator: Iterator) -> tuple[tuple, bool]:
         """The state, and whether the batch is one that was trained on already."""
@@ -1341,6 +1356,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     def _arrive(self) -> None:
         """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
+        if self._batch < self._start.batch:
+            raise self._data_ended(self._batch, self._start.batch)
         if self._start.batch:
             self._put_back()
         self._resume = self._values = None
@@ -1382,7 +1399,9 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _end_epoch(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
         model = self._fitted_model
-        self._resume = self._before_validation = None
+        self._before_validation = None
+        if self._resume is not None:
+            self._arrive()
         is_last = model.stop_training or epoch + 1 >= self.params["epochs"]
         if self._save_freq == "epoch" or is_last or self._is_due() or self._received is not None:
             started = self._save(
@@ -1464,7 +1483,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 notes or self._notes(),
                 values=state,
                 logs=self._logs,
-                unfinished=self._save_freq == "epoch" or notes is not None,
+                unfinished=True,
                 force=True,
             )
             self._say(f"Save Orbax checkpoint in epoch {self._epoch + 1}, after batch {self._batch}.")

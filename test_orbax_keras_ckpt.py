@@ -3,9 +3,15 @@
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(__import__("tempfile").gettempdir(), "orbax-keras-ckpt-jit"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many small programs, compiled again and again
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import datetime
+import importlib.util
 import inspect
 import json
+import multiprocessing
 import pathlib
 import random
 import re
@@ -15,6 +21,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import traceback
 
 import jax
 import keras
@@ -91,11 +99,42 @@ def seed(number):
 
 
 def next_draws():
-    return random.random(), np.random.random(), np.array(keras.random.normal((2,))).tolist()
+    torch = [sys.modules["torch"].rand(1).item()] if "torch" in sys.modules else []
+    return random.random(), np.random.random(), np.array(keras.random.normal((2,))).tolist() + torch
 
 
 def listing(directory):
     return sorted(str(path.relative_to(directory)) for path in pathlib.Path(directory).rglob("*"))
+
+
+FORKS = multiprocessing.get_context("forkserver")  # processes that have imported everything already
+FORKS.set_forkserver_preload([pathlib.Path(__file__).stem])
+
+
+class Process:
+    """A process of its own that calls one of the programs below; its output is in `log`."""
+
+    def __init__(self, log, program, *arguments, **options):
+        self.log = pathlib.Path(log)
+        self.process = FORKS.Process(target=redirected, args=(str(log), program, arguments, options))
+        self.process.start()
+
+    def join(self):
+        """The exit code, and what it printed."""
+        self.process.join(300)
+        assert self.process.exitcode is not None, "it hangs"
+        return self.process.exitcode, self.log.read_text()
+
+
+def redirected(log, program, arguments, options):
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    try:
+        program(*arguments, **options)
+    except Exception:
+        traceback.print_exc()
+        raise SystemExit(1) from None
 
 
 def script(*arguments, check=True, **kwargs):
@@ -693,6 +732,8 @@ REFUSALS = [
     ({"max_to_keep": 2.5}, ValueError, "max_to_keep=2.5"),
     ({"steps_per_epoch": 0}, ValueError, "steps_per_epoch=0: give"),
     ({"steps_per_epoch": None}, ValueError, "steps_per_epoch=None"),
+    ({"save_freq": datetime.timedelta(0)}, ValueError, "save_freq=datetime.timedelta(0)"),
+    ({"save_freq": 3, "monitor": "loss"}, ValueError, "monitor='loss' needs save_freq=\"epoch\""),
     ({"save_freq": True}, ValueError, "save_freq=True: give"),
     ({"save_freq": 0}, ValueError, "save_freq=0"),
     ({"save_freq": -5}, ValueError, "save_freq=-5"),
@@ -833,48 +874,362 @@ def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
     assert checkpoint.checkpoint_manager.all_steps() == [0]
 
 
+# ------------------------------------------------------------------------------- killed inside an epoch, and run again
+
+EPOCHS, BATCHES = 3, 8  # of six samples each
+DATA = ["shuffled", "in order", "shuffled by batches", "PyDataset", "stream", "long stream", "grain", "grain iterator"]
+DATA += ["torch"] if importlib.util.find_spec("torch") else []  # gigabytes, and therefore not in requirements.txt
+SAVE_FREQS = {"epoch": "epoch", "3 batches": 3, "time": datetime.timedelta(microseconds=1)}
+
+
+def kill_points(name, count):
+    """Random places in a run: batches, counted over all epochs."""
+    return sorted(random.Random(name).sample(range(1, EPOCHS * BATCHES), count))
+
+
+def run_to_its_end(work, points=(), how="SIGKILL", **options):
+    """Runs `train`, killed at each of the points in turn, until it ends by itself. Returns all outputs."""
+    work.mkdir(exist_ok=True)
+    logs = []
+    for attempt, point in enumerate([*points, None]):
+        process = Process(work / f"{attempt}.log", train, str(work), point=point, how=how, **options)
+        exitcode, log = process.join()
+        expected = 0 if point is None else {"SIGKILL": -9, "SIGTERM": 143}[how]
+        assert exitcode == expected, (exitcode, log)
+        logs.append(log)
+    return logs
+
+
+def final(work):
+    with np.load(work / "final.npz") as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def assert_same_end(work, reference):
+    ours, theirs = final(work), final(reference)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+
+
+CASES = [(data, freq, 1 + (i + j) % 2) for i, data in enumerate(DATA) for j, freq in enumerate(SAVE_FREQS)]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    path = tmp_path_factory.mktemp("uninterrupted") / "final.npz"
-    script("train", tmp_path_factory.mktemp("directory"), path, "none", -1)
-    return np.load(path)
+    """Where the run with the given options has ended that was never interrupted, nor had a checkpoint."""
+    done = {}
+
+    def end(**options):
+        key = str(options)
+        if key not in done:
+            done[key] = tmp_path_factory.mktemp("uninterrupted")
+            run_to_its_end(done[key], checkpoint=False, **options)
+        return done[key]
+
+    return end
 
 
-def assert_same_end(path, uninterrupted):
-    final = np.load(path)
-    assert set(final.files) == set(uninterrupted.files)
-    assert_equal([final[name] for name in final.files], [uninterrupted[name] for name in final.files])
+@pytest.mark.parametrize(("data", "freq", "calls"), CASES)
+def test_run_killed_at_random_batches_equals_uninterrupted_run(data, freq, calls, uninterrupted, tmp_path):
+    options = {"data": data, "steps_per_execution": calls}
+    logs = run_to_its_end(tmp_path, kill_points(f"{data} {freq} {calls}", 2), save_freq=freq, **options)
+    if freq != "epoch":
+        assert any("after batch" in log for log in logs[1:]), logs  # or nothing was tested
+    assert_same_end(tmp_path, uninterrupted(**options))
 
 
-def test_killed_run_continues_and_ends_equal(tmp_path, uninterrupted):
-    killed = 0
-    for epoch in (1, 3, 3):  # killed in epochs 1 and 3; the second kill in 3 does not happen if it has been completed
-        done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGKILL", epoch, check=False)
-        killed += done.returncode == -signal.SIGKILL
-    assert killed == 3
-    script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
-    assert_same_end(tmp_path / "final.npz", uninterrupted)
+@pytest.mark.parametrize("freq", ["epoch", "3 batches"])
+def test_sigterm_saves_within_one_batch_and_no_batch_is_trained_twice(freq, uninterrupted, tmp_path):
+    options = {"data": "shuffled", "count": True, "validation": True}
+    reference = uninterrupted(**options)
+    last = BATCHES - 1
+    # In train batches first and last, in validation batches first and last, in an epoch's middle, and while the batches
+    # of that are read past; "twice" sends another signal while the first one is being handled.
+    points = [(0, "train", 0), (0, "train", last), (1, "validation", 0), (1, "validation", 1)]
+    points += [(2, "train", 4, "twice"), (2, "past", 2)]
+    logs = run_to_its_end(tmp_path, points, how="SIGTERM", save_freq=freq, **options)
+    assert all("Stop on SIGTERM: the run is saved." in log for log in logs[:-1])
+    assert_same_end(tmp_path, reference)
+    trained = [(each / "trained.txt").read_text().split() for each in (tmp_path, reference)]
+    assert trained[0] == trained[1] and len(trained[0]) == EPOCHS * BATCHES
+    kept = [int(path.name) for path in (tmp_path / "ckpt").iterdir()]
+    assert sorted(kept) == ([0, 1, 2] if freq == "epoch" else sorted(kept)[-5:])  # numbers, nothing else is left
 
 
-def test_sigterm_saves_the_epoch_and_exits_143(tmp_path, uninterrupted):
-    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGTERM", 1, check=False)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "Stop on SIGTERM: the run is saved" in done.stdout
-    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 1
-    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "SIGINT", 2, check=False)
-    assert "KeyboardInterrupt" in done.stderr
-    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 2
-    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
-    assert "Continue with epoch 4 of 5 (step 2)." in done.stdout
-    assert_same_end(tmp_path / "final.npz", uninterrupted)
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_other_callbacks_come_back_wherever_they_stand(order, uninterrupted, tmp_path):
+    options = {"data": "in order", "callbacks": order, "epochs": 12}
+    reference = uninterrupted(**options)
+    points = [1, 2 * BATCHES + 3, 5 * BATCHES, 6 * BATCHES + 5]
+    logs = run_to_its_end(tmp_path, points, save_freq="3 batches", **options)
+    assert any("after batch" in log for log in logs)
+    assert_same_end(tmp_path, reference)
+    assert 6 < len(final(reference)["loss"]) < 12  # EarlyStopping has stopped it
+    again = run_to_its_end(tmp_path, save_freq="3 batches", **options)
+    assert "Nothing left to train: a callback stopped the run" in again[0]
+    assert_same_end(tmp_path, reference)  # with the best weights again
 
 
-def test_save_that_has_started_is_committed_although_fit_raises(tmp_path, uninterrupted):
-    done = script("train", tmp_path / "ckpt", tmp_path / "final.npz", "raise", 2, check=False)
-    assert "on purpose" in done.stderr
-    assert ocp.CheckpointManager(tmp_path / "ckpt").latest_step() == 1
-    script("train", tmp_path / "ckpt", tmp_path / "final.npz", "none", -1)
-    assert_same_end(tmp_path / "final.npz", uninterrupted)
+def test_every_record_of_a_grain_iterator_is_trained_on_exactly_once_per_pass(tmp_path):
+    options = {"data": "grain iterator", "count": True, "save_freq": "3 batches"}
+    run_to_its_end(tmp_path, [3, 11, 20], how="SIGTERM", **options)
+    trained = [int(record) for line in (tmp_path / "trained.txt").read_text().split() for record in line.split(",")]
+    size = BATCHES * 6
+    assert len(trained) == EPOCHS * size
+    for start in range(0, len(trained), size):
+        assert sorted(trained[start : start + size]) == list(range(size))
+
+
+@pytest.mark.parametrize("freq", ["epoch", "3 batches"])
+def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(freq, uninterrupted, tmp_path):
+    """Under "epoch" every other signal is SIGTERM, so that snapshots inside an epoch are being replaced."""
+    options = {"data": "shuffled", "save_freq": freq, "max_to_keep": 1, "epochs": 40}
+    work, draw, committed = tmp_path, random.Random(0), False
+    model = make_model("shuffled", 1)
+    for kill in range(20):
+        process = Process(work / f"{kill}.log", train, str(work), pause=0.01, **options)
+        while not (work / "started").exists() and process.process.is_alive():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        os.kill(process.process.pid, signal.SIGTERM if freq == "epoch" and kill % 2 else signal.SIGKILL)
+        process.join()
+        (work / "started").unlink(missing_ok=True)
+        found = KerasOrbaxCheckpointManager(model, work / "ckpt").restore_state()
+        assert found is not None or not committed
+        committed = found is not None
+    assert committed
+    run_to_its_end(work, **options)
+    assert_same_end(work, uninterrupted(data="shuffled", epochs=40))
+
+
+@pytest.mark.parametrize("end", ["raise", "interrupt"])
+def test_save_that_has_started_is_committed_although_fit_raises(end, tmp_path):
+    done = script("train_and_fail", tmp_path, end, check=False)
+    assert "on purpose" in done.stderr and done.returncode
+    manager = ocp.CheckpointManager(tmp_path / "ckpt")
+    assert manager.latest_step() == 3
+    assert manager.restore(3)["optimizer_variables"]["adam"]["iteration"] == 3
+
+
+def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_path):
+    def interrupt(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    model = dense_model()
+    checkpoint = callback(model, tmp_path, save_freq=1000, preemption_signals=(signal.SIGINT, signal.SIGUSR1))
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, 3, checkpoint, At(1, 2, interrupt))
+    assert checkpoint.checkpoint_manager.latest_step() == 4 + 2
+    called = []
+    earlier = signal.signal(signal.SIGUSR1, lambda number, frame: called.append(checkpoint.checkpoint_manager.all_steps()))
+    try:
+        with pytest.raises(SystemExit) as raised:
+            fit(model, 3, checkpoint, At(2, 0, lambda self: os.kill(os.getpid(), signal.SIGUSR1)))
+        assert raised.value.code == 128 + signal.SIGUSR1
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)
+    assert called == [[6, 8]]  # it was saved by then
+    assert all(np.isfinite(value).all() for value in values(model))  # and fit has given the variables back
+
+
+# --------------------------------------------------------------------------------------- positions, data and other state
+
+
+class At(keras.callbacks.Callback):
+    """Calls `action(self)` before batch `batch` of epoch `epoch`."""
+
+    def __init__(self, epoch, batch, action):
+        super().__init__()
+        self.place, self.action = (epoch, batch), action
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self.epoch, batch) == self.place:
+            self.action(self)
+
+
+def test_steps_count_batches_unless_epochs_are_saved(tmp_path):
+    model = dense_model()
+    checkpoint = callback(model, tmp_path, None, save_freq=3)
+    fit(model, 2, checkpoint)  # of four batches
+    assert checkpoint.checkpoint_manager.all_steps() == [3, 6, 8]  # and the last state
+    fit(model, 4, checkpoint)
+    assert checkpoint.checkpoint_manager.all_steps() == [3, 6, 8, 9, 12, 15, 16]
+    record = json.loads((tmp_path / "6/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    assert record["position"] == {"epoch": 1, "batch": 2, "batches": 6}
+
+
+def test_snapshot_inside_an_epoch_has_its_number_and_the_complete_one_replaces_it(tmp_path):
+    model = dense_model()
+
+    def leave(number):
+        with pytest.raises(SystemExit):
+            fit(model, 3, callback(model, tmp_path, 1), At(1, number, lambda self: os.kill(os.getpid(), signal.SIGTERM)))
+        return json.loads((tmp_path / "1/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]["position"]
+
+    assert leave(1) == {"epoch": 1, "batch": 1, "batches": 5}
+    tree = ocp.CheckpointManager(tmp_path).restore(1)
+    assert set(tree) == {"trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"}
+    assert leave(3) == {"epoch": 1, "batch": 3, "batches": 7}  # replaces the first one
+    KerasOrbaxCheckpointManager(model, tmp_path).save_state(1)  # by hand as well
+    fit(model, 3, callback(model, tmp_path, 1))
+    assert listing(tmp_path)[0] == "2" and not any("replaced" in path for path in listing(tmp_path))
+
+
+def test_replaced_snapshot_is_found_until_its_successor_is_committed(tmp_path):
+    model = dense_model()
+    with pytest.raises(SystemExit):
+        fit(model, 3, callback(model, tmp_path, 1), At(0, 2, lambda self: os.kill(os.getpid(), signal.SIGTERM)))
+    saved = values(model)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, 1)
+    manager._set_aside(0)  # killed now
+    assert ocp.CheckpointManager(tmp_path).all_steps() == []
+    fit(model, 1)
+    assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 0
+    assert_equal(values(model), saved)
+    assert fit(model, 2, callback(model, tmp_path, 1)).epoch == [0, 1]
+    assert listing(tmp_path)[0] == "1" and not any("replaced" in path for path in listing(tmp_path))
+
+
+def test_batch_on_which_nothing_is_saved_never_syncs_the_state(tmp_path):
+    class Syncs(keras.Sequential):
+        def jax_state_sync(self):
+            self.count = getattr(self, "count", 0) + 1
+            super().jax_state_sync()
+
+    counts = []
+    for checkpoint in (False, True):
+        model = compiled(Syncs([keras.Input((6,)), layers.Dense(1)]))
+        fit(model, 3, *([callback(model, tmp_path, save_freq=1000)] if checkpoint else []))
+        counts.append(model.count)
+    assert counts[0] == counts[1]
+
+
+def endless():
+    while True:
+        yield X[:16], Y[:16]
+
+
+def test_data_that_goes_on_or_starts_again_against_expectation_is_reported(tmp_path):
+    model = dense_model()
+    with pytest.warns(UserWarning, match="without continuous_data=True"):
+        model.fit(endless(), shuffle=False, steps_per_epoch=2, epochs=2, verbose=0, callbacks=[callback(model, tmp_path / "a")])
+    with pytest.warns(UserWarning, match="the data starts again with every epoch"):
+        fit(model, 2, callback(model, tmp_path / "b", continuous_data=True))
+    save(model, tmp_path / "c")
+    with pytest.raises(CheckpointError, match="not known how much of the stream"):
+        fit(model, 2, callback(model, tmp_path / "c", continuous_data=True))
+
+
+def test_data_or_calls_that_do_not_fit_the_position_are_refused(tmp_path):
+    model = dense_model()
+    with pytest.raises(SystemExit):
+        fit(model, 3, callback(model, tmp_path), At(0, 3, lambda self: os.kill(os.getpid(), signal.SIGTERM)))
+    with pytest.raises(CheckpointMismatchError, match="The data ends after 2 batches.*step 0 was made after 3"):
+        model.fit(X[:32], Y[:32], epochs=3, batch_size=16, verbose=0, callbacks=[callback(model, tmp_path)])
+    model = compiled(keras.models.clone_model(model), steps_per_execution=2)
+    with pytest.raises(CheckpointMismatchError, match="no multiple of steps_per_execution=2"):
+        fit(model, 3, callback(model, tmp_path))
+    assert fit(model, 2).epoch == [0, 1]  # nothing of it is left in the model
+
+
+class Draws:
+    """An iterator of batches with a state, by either pair of methods."""
+
+    def __init__(self, methods, next_index=0):
+        self.next_index = next_index
+        get, set_ = methods
+        setattr(self, get, lambda: {"next": self.next_index})
+        setattr(self, set_, lambda state: setattr(self, "next_index", state["next"]))
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.next_index += 1
+        index = (self.next_index - 1) % 5
+        return X[index : index + 8], Y[index : index + 8]
+
+
+@pytest.mark.parametrize("methods", [("get_state", "set_state"), ("state_dict", "load_state_dict")])
+@pytest.mark.parametrize("batches", [1, 2, 9, 10, 30, 47])
+def test_iterator_comes_back_at_the_first_batch_that_was_not_trained_on(methods, batches, tmp_path):
+    def run(*directory):
+        seed(3)
+        model, data = dense_model(), Draws(methods)
+        checkpoint = [callback(model, each, save_freq=batches, stateful=[data]) for each in directory]
+        options = {"steps_per_epoch": 12, "epochs": 4, "verbose": 0, "shuffle": False}
+        for stop in (batches, None) if directory else (None,):
+            leave = At(stop and stop // 12, stop and stop % 12, lambda self: os.kill(os.getpid(), signal.SIGTERM))
+            try:
+                model.fit((batch for batch in data), callbacks=[*checkpoint, leave], **options)
+            except SystemExit:
+                saved = checkpoint[0].checkpoint_manager.latest_step()
+                data = Draws(methods)  # as in a new process
+                checkpoint = [callback(model, each, save_freq=batches, stateful=[data]) for each in directory]
+        return model, saved if directory else None
+
+    reference, _ = run()
+    model, saved = run(tmp_path)
+    assert batches <= saved <= batches + 1
+    assert_equal(values(model), values(reference))
+
+
+def test_iterator_that_fit_does_not_read_batch_by_batch_is_refused(tmp_path):
+    model, data = dense_model(), Draws(("get_state", "set_state"))
+    with pytest.raises(ValueError, match=r"stateful\[0\] \(Draws\) has given fewer batches than fit has trained on"):
+        fit(model, 20, callback(model, tmp_path, stateful=[data]))
+
+
+def test_attributes_that_the_script_has_changed_since_stay_changed(tmp_path):
+    model, patience = dense_model(), keras.callbacks.EarlyStopping("loss", patience=3)
+    fit(model, 2, patience, callback(model, tmp_path, stateful=[patience]))
+    assert patience.best is not None
+    again = keras.callbacks.EarlyStopping("loss", patience=7)
+    checkpoint = callback(model, tmp_path, stateful=[again])
+    fit(model, 2, again, checkpoint)
+    assert (again.patience, again.best, again.wait) == (7, patience.best, patience.wait)
+
+
+def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path):
+    model, patience = dense_model(), keras.callbacks.EarlyStopping("loss")
+    before = values(model)
+    for refused, error, fragment in [
+        ([object()], TypeError, "stateful[0] (object) has neither get_state"),
+        ([patience, Raise("on_epoch_end", error=object())], TypeError, "stateful[1] (Raise) cannot be saved: a object"),
+        (patience, ValueError, "give a list or tuple"),
+    ]:
+        with pytest.raises(error, match=re.escape(fragment)):
+            callback(model, tmp_path, stateful=refused)
+    logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    with pytest.raises(TypeError, match=r"stateful\[0\] \(CSVLogger\) cannot be saved"):
+        fit(model, 1, logger, callback(model, tmp_path / "new", stateful=[logger]))
+    logger.csv_file.close()
+    assert_equal(values(model), before)
+    fit(model, 1, patience, callback(model, tmp_path / "ckpt", stateful=[patience]))
+    before, files = values(model), listing(tmp_path / "ckpt")
+    for given in ([], [keras.callbacks.ReduceLROnPlateau("loss")]):
+        with pytest.raises(CheckpointMismatchError, match=r"saved with stateful=\['EarlyStopping'\], but stateful=\["):
+            fit(model, 2, callback(model, tmp_path / "ckpt", stateful=given))
+    assert_equal(values(model), before)
+    assert listing(tmp_path / "ckpt") == files
+    save(model, tmp_path / "by hand")
+    with pytest.warns(UserWarning, match="no state of stateful objects: .'EarlyStopping'. start afresh"):
+        fit(model, 2, patience, callback(model, tmp_path / "by hand", stateful=[patience]))
+
+
+def test_states_survive_json():
+    array = np.arange(6, dtype=jax.numpy.bfloat16).reshape(2, 3)
+    value = {"a": [1, 2.5, None, True, (3, "x")], 4: b"bytes", "nan": [float("inf"), np.float32(0.1)], "array": array}
+    for arrays in (None, []):
+        back = orbax_keras_ckpt._unpack(json.loads(json.dumps(orbax_keras_ckpt._pack(value, arrays))), arrays or ())
+        assert back["array"].dtype == array.dtype and back["array"].tolist() == array.tolist()
+        assert {**back, "array": 0} == {**value, "array": 0}
+    with pytest.raises(TypeError, match="a object cannot be saved"):
+        orbax_keras_ckpt._pack([object()])
 
 
 def test_failed_background_write_raises_and_is_not_listed(tmp_path):
@@ -964,31 +1319,153 @@ def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
     assert [len(text.splitlines()) > 0 for text in outputs(committed)] == [len(t.splitlines()) > 0 for t in outputs(executed)]
 
 
-# --------------------------------------------------------------------------------------- the program to be killed
+# ------------------------------------------------------------------------------------------ the programs to be killed
 
 
-def train(directory, final, how, epoch):
-    """Five epochs; in the given epoch, after its second batch, the run meets its end."""
+class Batches(keras.utils.PyDataset):
+    """Augments by numpy's global generator, batch by batch."""
 
-    class End(keras.callbacks.Callback):
-        def on_epoch_begin(self, current, logs=None):
-            self.current = current
-            if how == "SIGKILL" and current == int(epoch):
-                checkpoint.checkpoint_manager.wait_until_finished()
+    def __len__(self):
+        return BATCHES
 
-        def on_train_batch_end(self, batch, logs=None):
-            if self.current == int(epoch) and batch == 1:
-                if how == "raise":
-                    raise RuntimeError("on purpose")
-                if how != "none":
-                    os.kill(os.getpid(), getattr(signal, how))
+    def __getitem__(self, index):
+        rows = slice(index * 6, index * 6 + 6)
+        return X[rows] + np.random.normal(size=(6, 6)).astype("float32"), Y[rows]
 
+
+class Recorded(keras.Model):
+    """Writes down what it is trained on; needs run_eagerly."""
+
+    def train_step(self, state, data):
+        with open(self.file, "a") as file:
+            file.write(",".join(str(int(value)) for value in np.asarray(data[0])[:, 0]) + "\n")
+        return super().train_step(state, data)
+
+
+def grain_batches(indices):
+    import grain
+
+    data = grain.MapDataset.source(indices) if not isinstance(indices, int) else grain.MapDataset.range(indices)
+    return data.map(lambda i: (np.r_[np.float32(i), X[i, 1:]], Y[i]))
+
+
+def make_data(data, calls):
+    """The arguments of fit."""
+    size = BATCHES * 6
+    arrays = {"x": X[:size], "y": Y[:size], "batch_size": 6}
+    if data == "PyDataset":
+        return {"x": Batches(), "shuffle": True}
+    if data == "stream":  # of numpy's generator, as a Python generator
+
+        def batches():
+            while True:
+                x = np.random.normal(size=(6, 6)).astype("float32")
+                yield x, x.sum(axis=1, keepdims=True)
+
+        return {"x": batches(), "steps_per_epoch": BATCHES}
+    if data == "long stream":  # one pass over arrays is more than an epoch
+        return {"x": np.tile(X, (3, 1))[: EPOCHS * size], "y": np.tile(Y, (3, 1))[: EPOCHS * size], "batch_size": 6, "steps_per_epoch": BATCHES}
+    if data == "torch":
+        import torch
+
+        tensors = torch.from_numpy(X[:size]), torch.from_numpy(Y[:size])
+        return {"x": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*tensors), 6, shuffle=True), "shuffle": False}
+    if data.startswith("grain"):
+        pipeline = grain_batches(size).seed(7).shuffle()
+        if data == "grain":
+            return {"x": pipeline.batch(6).to_iter_dataset()}
+        return {"x": iter(pipeline.repeat().batch(6).to_iter_dataset()), "steps_per_epoch": BATCHES}
+    return arrays | {"shuffle": {"shuffled": True, "in order": False, "shuffled by batches": "batch"}[data]}
+
+
+def make_model(data, calls, count=False, work=None):
     seed(0)
-    model = noisy()
-    checkpoint = OrbaxCheckpointCallback(model, directory, 1, preemption_signals=(signal.SIGTERM, signal.SIGINT))
-    history = fit(model, 5, checkpoint, End(), validation_split=0.25)
+    stack = [layers.GaussianNoise(0.1), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.2), layers.Dense(1)]
+    inputs = x = keras.Input((6,))
+    for layer in stack:
+        x = layer(x)
+    model = (Recorded if count else keras.Model)(inputs, x)
+    model.file = pathlib.Path(work or ".") / "trained.txt"
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], steps_per_execution=calls, run_eagerly=count)
+    return model
+
+
+class End(keras.callbacks.Callback):
+    """Kills the process at a batch: a number over all epochs, or (epoch, "train", "validation" or "past", batch)."""
+
+    def __init__(self, point, how, checkpoint):
+        super().__init__()
+        if isinstance(point, int):
+            point = (point // BATCHES, "train", point % BATCHES)
+        self.point, self.how, self.checkpoint, self.current = point, how, checkpoint, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.current = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        is_past = self.checkpoint is not None and self.checkpoint._resume is not None
+        self.kill_at("past" if is_past else "train", batch)
+
+    def on_test_batch_begin(self, batch, logs=None):
+        self.kill_at("validation", batch)
+
+    def kill_at(self, kind, batch):
+        if self.point and (self.current, kind) == self.point[:2] and batch in (self.point[2], self.point[2] - 1):
+            if batch != self.point[2] and self._model.steps_per_execution == 1:
+                return
+            if self.how == "SIGKILL":
+                self.checkpoint.checkpoint_manager.wait_until_finished()
+            os.kill(os.getpid(), getattr(signal, self.how))
+            if "twice" in self.point:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def train(work, *, data, point=None, how="SIGKILL", steps_per_execution=1, save_freq="epoch", checkpoint=True, count=False,
+          validation=False, callbacks=None, epochs=EPOCHS, max_to_keep=5, pause=0):
+    """Trains, meets its end at `point`, or else leaves what it has come to in final.npz."""
+    model = make_model(data, steps_per_execution, count, work)
+    arguments = make_data(data, steps_per_execution)
+    others, stateful = [], []
+    if callbacks:
+        others = stateful = [
+            keras.callbacks.EarlyStopping("val_loss", min_delta=1.0, patience=3, restore_best_weights=True, start_from_epoch=2),
+            keras.callbacks.ReduceLROnPlateau("val_loss", min_delta=0.4, patience=1),
+            keras.callbacks.ModelCheckpoint(os.path.join(work, "best.keras"), "val_loss", save_best_only=True),
+            keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.95),
+        ]
+    if data == "grain iterator":
+        stateful = [*stateful, arguments["x"]]
+        arguments["x"] = (batch for batch in arguments["x"])
+    ours = None
+    if checkpoint:
+        ours = OrbaxCheckpointCallback(
+            model, os.path.join(work, "ckpt"), max_to_keep, save_freq=SAVE_FREQS[save_freq], stateful=stateful,
+            continuous_data="stream" in data,
+        )
+    started = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: pathlib.Path(work, "started").touch())
+    slow = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: time.sleep(pause))
+    all_callbacks = [*others, *([ours] if ours else []), End(point, how, ours), started, slow]
+    if callbacks == "after":
+        all_callbacks.reverse()
+    held_out = (X[48:], Y[48:]) if validation or callbacks else None
+    history = model.fit(**arguments, epochs=epochs, verbose=0, callbacks=all_callbacks, validation_data=held_out, validation_batch_size=8)
     arrays = {f"variable_{index}": value for index, value in enumerate(values(model))}
-    np.savez(final, **arrays, loss=history.history["loss"], draws=np.hstack(next_draws()))
+    arrays |= {name: np.array(series) for name, series in history.history.items()}
+    np.savez(os.path.join(work, "final.npz"), **arrays, epochs=history.epoch, draws=np.hstack(next_draws()))
+
+
+def train_and_fail(work, end):
+    """Ends by an exception right after a save was started, and leaves what was saved then."""
+    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(40_000), layers.Dense(1)]))
+    seed(1)
+    model.set_weights([np.random.normal(size=weight.shape) for weight in model.get_weights()])
+
+    class Fail(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 3:  # before this batch it was saved
+                raise (RuntimeError if end == "raise" else KeyboardInterrupt)("on purpose")
+
+    fit(model, 2, OrbaxCheckpointCallback(model, os.path.join(work, "ckpt"), save_freq=3), Fail())
 
 
 def full(directory):
@@ -1017,4 +1494,4 @@ def full(directory):
 
 
 if __name__ == "__main__":
-    {"train": train, "full": full}[sys.argv[1]](*sys.argv[2:])
+    {"train_and_fail": train_and_fail, "full": full}[sys.argv[1]](*sys.argv[2:])
