@@ -1072,11 +1072,8 @@ _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed b
 def _check_save_freq(save_freq: Any, monitor: Any) -> None:
     if save_freq == "epoch":
         return
-    if isinstance(save_freq, datetime.timedelta):
-        is_valid = save_freq > datetime.timedelta(0)
-    else:
-        is_valid = _is_count(save_freq)
-    if not is_valid:
+    is_time = isinstance(save_freq, datetime.timedelta)
+    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
         raise ValueError(
             f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
         )
