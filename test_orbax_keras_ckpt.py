@@ -3,9 +3,6 @@
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(__import__("tempfile").gettempdir(), "orbax-keras-ckpt-jit"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")  # many small programs, compiled again and again
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import datetime
 import importlib.util
@@ -45,8 +42,6 @@ pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy"),  # Keras's Variable, numpy 2
     pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring"),  # plain Orbax as an oracle
-    # A process that was killed while JAX wrote to its cache leaves half an entry; JAX then compiles.
-    pytest.mark.filterwarnings("ignore:Error (reading|writing) persistent compilation cache entry"),
 ]
 
 # --------------------------------------------------------------------------------------------- builders
@@ -935,6 +930,8 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.mark.parametrize(("data", "freq", "calls"), CASES)
 def test_run_killed_at_random_batches_equals_uninterrupted_run(data, freq, calls, uninterrupted, tmp_path):
+    if data == "grain" and keras.version() < "3.11":
+        pytest.skip("Keras takes Grain datasets since 3.11")
     options = {"data": data, "steps_per_execution": calls}
     logs = run_to_its_end(tmp_path, kill_points(f"{data} {freq} {calls}", 2), save_freq=freq, **options)
     if freq != "epoch":
@@ -1449,7 +1446,7 @@ def train(work, *, data, point=None, how="SIGKILL", steps_per_execution=1, save_
             model, os.path.join(work, "ckpt"), max_to_keep, save_freq=SAVE_FREQS[save_freq], stateful=stateful,
             continuous_data="stream" in data,
         )
-    started = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: pathlib.Path(work, "started").touch())
+    started = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: pathlib.Path(work, "started").touch())
     slow = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: time.sleep(pause))
     all_callbacks = [*others, *([ours] if ours else []), End(point, how, ours), started, slow]
     if callbacks == "after":
