@@ -991,7 +991,7 @@ def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(fr
         process = Process(work / f"{kill}.log", train, str(work), pause=0.01, **options)
         while not (work / "started").exists() and process.process.is_alive():
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.5))
+        time.sleep(draw.uniform(0, 1.5))
         os.kill(process.process.pid, signal.SIGTERM if freq == "epoch" and kill % 2 else signal.SIGKILL)
         process.join()
         (work / "started").unlink(missing_ok=True)
