@@ -34,8 +34,12 @@ Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
 """
 
 import base64
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
+import errno
 import functools
 import inspect
 import itertools
@@ -46,12 +50,15 @@ import os
 import random
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 import types
+import uuid
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +69,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 __all__ = [
+    "CheckpointCorruptError",
     "CheckpointError",
     "CheckpointMismatchError",
     "KerasOrbaxCheckpointManager",
@@ -78,6 +86,10 @@ class CheckpointError(Exception):
 
 class CheckpointMismatchError(CheckpointError, ValueError):
     """The model is not the one that was saved."""
+
+
+class CheckpointCorruptError(CheckpointError, OSError):
+    """What is on disk is damaged."""
 
 
 # ---------------------------------------------------------------------------------------------- record
@@ -154,6 +166,10 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     return value
 
 
+def _crc32(fields: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
+
+
 @dataclasses.dataclass
 class _Record:
     """What we note beside the arrays, as JSON in Orbax's custom metadata."""
@@ -171,24 +187,31 @@ class _Record:
     stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    writer: dict[str, Any] = dataclasses.field(default_factory=dict)
+    processes: int = 1  # each of which has left a file of checksums
+    has_arrays: bool = False  # of stateful objects
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
         # Logs and configs may hold numpy values.
         plain = json.dumps(fields, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
-        return {_RECORD_KEY: json.loads(plain)}
+        fields = json.loads(plain)
+        return {_RECORD_KEY: {**fields, "crc32": _crc32(fields)}}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any] | None) -> "_Record | None":
-        """The record, or None where another program wrote the checkpoint."""
-        fields = dict((metadata or {}).get(_RECORD_KEY) or {})
-        if not fields:
+        """The record, or None where another program wrote the checkpoint. ValueError if it is damaged."""
+        if _RECORD_KEY not in (metadata or {}):
             return None
-        if (found := fields.pop("format", None)) != _FORMAT:
+        fields = dict(metadata[_RECORD_KEY])
+        if (found := fields.get("format", 0)) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
                 f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
             )
+        if fields.pop("crc32", None) != _crc32(fields):
+            raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
+        del fields["format"]
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
             group: [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
@@ -261,6 +284,11 @@ def _steps_in(manager: ocp.CheckpointManager, directory: epath.Path) -> dict[int
     return {each.step: each.path for each in found}
 
 
+def _temporary_folders(directory: epath.Path) -> list[epath.Path]:
+    """Where Orbax writes what is not committed yet."""
+    return [path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name]
+
+
 def _custom_metadata(path: epath.Path) -> dict[str, Any]:
     """What Orbax keeps for us beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
     return json.loads((path / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
@@ -290,11 +318,14 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     return "min" if name == "loss" else None
 
 
-def _array_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler for the arrays, with zstd or without."""
-    choice = {"use_compression": compression}  # Orbax has the choice since 0.11.26; before, it always compresses
-    known = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, **{name: choice[name] for name in choice if name in known})
+def _x64() -> contextlib.AbstractContextManager:
+    """JAX with 64-bit numbers, while it lasts."""
+    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # since JAX 0.8
+
+
+async def _created(directory: Any) -> epath.Path:
+    """The directory that a handler of Orbax is given; since 0.11.2x it is being made meanwhile."""
+    return await directory.await_creation() if hasattr(directory, "await_creation") else directory
 
 
 # ------------------------------------------------------------------------------------------- variables
@@ -360,10 +391,13 @@ def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
-def _leaf(tree: Mapping[str, Any], path: str) -> Any:
-    for name in path.split("/"):
-        tree = tree[name]
-    return tree
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The inverse of `_nest`."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
 
 
 def _pair_names(live: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
@@ -643,6 +677,116 @@ class _Counted:
         return item
 
 
+# ------------------------------------------------------------------------------------------- checksums
+# An array's checksum is the sum of its words times their weights, modulo 2**64. The weight of a word is that of its
+# row plus that of its column, so sums over rows and over columns are enough; and the parts of an array add up to the
+# same sum whichever way it is cut. Rows have odd weights and columns even ones: a flipped bit changes a word of 32 bits
+# by a power of two, and the sum by that times an odd number, which is not 0. The weights are random otherwise: any
+# other damage goes unseen with a probability of at most 2**-32.
+
+_CHECKSUMS = "orbax_keras_ckpt.checksums"  # one file of each process, beside the arrays
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the rows and columns of an array, seen as a matrix of some leading dimensions by the others."""
+    sizes = [(math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(len(shape) + 1)]
+    cut = min(range(len(sizes)), key=lambda cut: sum(sizes[cut]))
+    rows, columns = (np.random.PCG64(seed).random_raw(size) for seed, size in enumerate(sizes[cut]))
+    return (rows | np.uint64(1)).reshape(shape[:cut]), (columns & ~np.uint64(1)).reshape(shape[cut:])
+
+
+def _is_packed(dtype: np.dtype) -> bool:
+    """Whether elements are integers of less than a byte."""
+    return jax.numpy.issubdtype(dtype, np.integer) and jax.numpy.iinfo(dtype).bits < 8
+
+
+def _words(array: np.ndarray) -> np.ndarray:
+    """The bits of an array as unsigned integers of at most 32 bits, in a further dimension."""
+    array = np.ascontiguousarray(array.astype(np.int8) if _is_packed(array.dtype) else array).reshape(*array.shape, 1)
+    return array.view(f"u{min(array.itemsize, 4)}")
+
+
+def _words_on_device(array: jax.Array) -> jax.Array:
+    """As `_words`, within `jax.jit`."""
+    if array.dtype == bool or _is_packed(array.dtype):
+        array = array.astype(np.int8)
+    if jax.numpy.iscomplexobj(array):
+        array = jax.numpy.stack([array.real, array.imag], axis=-1)
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * min(array.dtype.itemsize, 4)}")
+
+
+def _sum(words: Any, rows: Any, columns: Any) -> Any:
+    """The checksum, with numpy or JAX."""
+    words = words.reshape(rows.size, columns.size)
+    of_rows, of_columns = words.sum(1, dtype=np.uint64), words.sum(0, dtype=np.uint64)
+    # Arrays, not scalars: of these, numpy reports an overflow.
+    return (of_rows * rows.ravel()).sum(keepdims=True) + (of_columns * columns.ravel()).sum(keepdims=True)
+
+
+_sum_on_device = jax.jit(lambda array, rows, columns: _sum(_words_on_device(array), rows, columns))
+
+
+def _start_checksum(array: np.ndarray | jax.Array) -> Callable[[], int]:
+    """Starts to sum up this process's part of an array; the result is called for the sum.
+
+    What happens to the array meanwhile makes no difference, even if it is donated: a device has the order to read it
+    first, and on the CPU JAX leaves memory alone that a numpy view refers to.
+    """
+    rows, columns = _weights((*array.shape, max(1, array.dtype.itemsize // 4)))
+    if isinstance(array, np.ndarray) or len(array.sharding.device_set) == 1:
+        shards = [((), array)]
+    else:
+        shards = [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
+    parts = []
+    for index, data in shards:
+        weights = rows[index[: rows.ndim]], columns[index[rows.ndim :]]
+        if isinstance(data, np.ndarray) or next(iter(data.devices())).platform == "cpu":
+            parts.append(functools.partial(_sum, _words(np.asarray(data)), *weights))
+        else:
+            with _x64():
+                parts.append(functools.partial(np.asarray, _sum_on_device(data, *weights)))
+    return lambda: sum(part().item() for part in parts) % 2**64
+
+
+def _array_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler for arrays, which then also writes the checksums of what it is given to save."""
+    choice = {"use_compression": compression}  # Orbax has it since 0.11.26; before, it always compresses
+    known = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, **{name: choice[name] for name in choice if name in known})
+    save = handler.async_save
+
+    async def async_save(directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> list:
+        started = {path: _start_checksum(array) for path, array in _leaves(args.item)}
+        futures = await save(directory, item, save_args, args)
+        writing = _write_checksums(directory, started)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="checksums"), *futures]
+
+    handler.async_save = async_save  # not a class of our own: Orbax goes by its name when it reads
+    return handler
+
+
+async def _write_checksums(directory: Any, started: dict[str, Callable[[], int]]) -> None:
+    """In the background. Lets go of each array as soon as possible."""
+    sums = {path: started.pop(path)() for path in list(started)}
+    ((await _created(directory)) / f"{_CHECKSUMS}.{jax.process_index()}").write_text(json.dumps(sums))
+
+
+def _read_checksums(directory: epath.Path, processes: int) -> dict[str, int]:
+    total = collections.Counter()
+    for process in range(processes):
+        total.update(json.loads((directory / f"{_CHECKSUMS}.{process}").read_text()))
+    return {path: value % 2**64 for path, value in total.items()}
+
+
+def _differing(tree: Mapping[str, Any], saved: Mapping[str, int]) -> list[str]:
+    """The paths of arrays whose checksums are not those that were saved."""
+    paths, arrays = zip(*_leaves(tree))
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # numpy sums in parallel
+        sums = pool.map(lambda array: _start_checksum(array)(), arrays)
+        return [path for path, value in zip(paths, sums) if saved[path] != value]
+
+
 # --------------------------------------------------------------------------------------------- manager
 
 
@@ -702,6 +846,9 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
             error.errno, f"checkpoint_dir={path!r} cannot be written to ({error.strerror}). Choose another directory"
         ) from error
     return epath.Path(path)
+
+
+_ABANDONED_SECONDS = 24 * 3600.0  # without a change, for a temporary folder that another host has made
 
 
 class _Restored(NamedTuple):
@@ -767,6 +914,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._monitor = monitor
         self._mode = mode
         self._model_config = None
+        self._saving = None  # the step whose save was started last
         self._replacing = (directory / _REPLACED).exists()
         super().__init__(
             directory,
@@ -834,7 +982,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
         Raises:
             ValueError: The step is not above the newest one, or the model is not compiled or not built.
-            Exception: The error of the save before this one, if that failed in the background.
+            CheckpointError: This save, or the one before in the background, has failed. It says which.
         """
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
@@ -871,6 +1019,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             metrics=metrics,
             model=self._config(),
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
+            writer=_writer(),
+            processes=jax.process_count(),
+            has_arrays=bool(arrays),
             **notes,
         )
         if values is None:
@@ -886,13 +1037,22 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item))
             for name, item in items.items()
         }
-        return self.save(
-            step,
-            args=ocp.args.Composite(**arguments),
-            metrics=metrics if self._monitor is not None else None,
-            custom_metadata=record.to_metadata(),
-            force=force,
-        )
+        self._remove_leftovers()
+        try:
+            started = self.save(
+                step,
+                args=ocp.args.Composite(**arguments),
+                metrics=metrics if self._monitor is not None else None,
+                custom_metadata=record.to_metadata(),
+                force=force,
+            )
+        except CheckpointError:  # the save before this one
+            raise
+        except Exception as error:
+            self._saving = step
+            raise self._save_error(error) from error
+        self._saving = step if started else self._saving
+        return started
 
     def _is_unfinished(self, step: int) -> bool:
         """Whether `step` is there, and inside the epoch whose end has this number as well."""
@@ -965,19 +1125,54 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         donate: bool = False,
         check: Callable[[_Record | None], None] | None = None,
     ) -> "_Restored | None":
-        """Check, read, assign. None where the directory is empty. With `check`, all that belongs to a run is read."""
+        """The newest step that is intact, or that step. None where the directory is empty.
+
+        With `check`, all that belongs to a run is read.
+        """
         variables = _variables(self._model, optimizer=not weights_only)
         self.wait_until_finished()
         self.reload()  # others may have written since we looked
         steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
-        if step is None and (step := max(steps, default=None)) is None:
-            return None
-        if step not in steps:
+        if step is not None and step not in steps:
             raise FileNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
             )
-        record = _Record.from_metadata(_custom_metadata(steps[step]))
-        saved = record.variables if record else _foreign_variables(self.metadata(step).item_metadata["default"])
+        damaged = {}
+        for candidate in sorted(steps, reverse=True) if step is None else [step]:
+            try:
+                restored = self._restore_one(candidate, steps[candidate], variables, strict, donate, check)
+            except CheckpointCorruptError as error:
+                if step is not None:
+                    raise
+                damaged[candidate] = error  # try an older one
+            except CheckpointMismatchError as error:
+                if not damaged:
+                    raise
+                damaged[candidate] = error  # no way out, and the model may have lost its arrays
+            else:
+                self._put_damaged_aside({each: steps[each] for each in damaged}, damaged, candidate)
+                return restored
+        if damaged:
+            raise CheckpointCorruptError(
+                f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
+                + (", but the model's arrays have been freed" if donate else ", and the model is as it was")
+                + f":\n{_listing([str(error) for error in damaged.values()])}"
+            ) from next(iter(damaged.values()))
+        return None
+
+    def _restore_one(
+        self,
+        step: int,
+        path: epath.Path,
+        variables: dict[str, dict[str, keras.Variable]],
+        strict: bool,
+        donate: bool,
+        check: Callable[[_Record | None], None] | None,
+    ) -> _Restored:
+        """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
+        with self._damage_of(step):
+            record = _Record.from_metadata(_custom_metadata(path))
+            saved = record.variables if record else _foreign_variables(self.metadata(step).item_metadata["default"])
         if check is not None:
             check(record)
             if _GROUPS[3] in saved:
@@ -988,65 +1183,164 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was changed. "
                 "Build the model as it was saved, use another directory, or restore with strict=False."
             )
+        abstract = [
+            jax.ShapeDtypeStruct(saved.shape, jax.numpy.dtype(saved.dtype), sharding=variable.value.sharding)
+            for _, variable, saved in sources
+        ]
+        if donate:
+            for (_, variable, _), leaf in zip(sources, abstract):
+                if leaf.size:
+                    variable.value.delete()
+        with self._damage_of(step):
+            arrays, others = self._read(path, step, record, sources, abstract, stateful=check is not None)
         if differences:
-            warnings.warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=4)
-        arrays, others = self._read(steps[step], step, sources, donate, stateful=check is not None)
-        self._assign(sources, arrays)
+            warnings.warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
+        for (_, variable, _), array in zip(sources, arrays):
+            variable.assign(array)
         return _Restored(step, record, others)
 
+    @contextlib.contextmanager
+    def _damage_of(self, step: int) -> Iterator[None]:
+        """Says of an error in here that the step is damaged, unless it is about reaching the store."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if _is_about_the_store(error) or not self.directory.exists():
+                raise
+            text = str(error).strip().split("\n")[0]
+            raise CheckpointCorruptError(
+                f"Step {step} in {self.directory} is damaged: {type(error).__name__}: {text[:300]}"
+            ) from error
+
     def _read(
-        self, path: epath.Path, step: int, sources: list[_Source], donate: bool, stateful: bool
-    ) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """The arrays of `sources`, in the sharding and dtype of the variables, and those of stateful objects."""
-        wanted = {group: [] for group in _GROUPS}
-        for group, variable, saved in sources:
-            if math.prod(saved.shape):
-                value = variable.value
-                leaf = jax.ShapeDtypeStruct(saved.shape, value.dtype, sharding=value.sharding)
-                wanted[group].append((saved.path, leaf))
-                if donate:
-                    value.delete()
-        wanted = {group: _nest(leaves) for group, leaves in wanted.items() if leaves}
+        self,
+        path: epath.Path,
+        step: int,
+        record: _Record | None,
+        sources: Sequence[_Source],
+        abstract: Sequence[jax.ShapeDtypeStruct],
+        stateful: bool,
+    ) -> tuple[list[jax.Array], list[np.ndarray]]:
+        """The arrays of `sources` and of stateful objects; their checksums are those that they were saved with."""
+        wanted = _nest(
+            (f"{source.group}/{source.saved.path}", leaf) for source, leaf in zip(sources, abstract) if leaf.size
+        )
         items = {}
         if wanted:
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
             items["default"] = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        if stateful and (path / "stateful").exists():
+        if stateful and record is not None and record.has_arrays:
             items["stateful"] = ocp.args.PyTreeRestore()
         read = self.restore(step, args=ocp.args.Composite(**items), directory=path.parent) if items else {}
-        return read.get("default", {}), [array for _, array in sorted((read.get("stateful") or {}).items())]
+        for name in items if record is not None else ():
+            if differing := _differing(read[name], _read_checksums(path / name, record.processes)):
+                raise ValueError(
+                    f"{len(differing)} of its arrays do not have the checksums that they were saved with, "
+                    f"the first is {differing[0]!r}"
+                )
+        leaves = dict(_leaves(read.get("default", {})))
+        arrays = [
+            leaves[f"{source.group}/{source.saved.path}"] if leaf.size else source.variable.value
+            for source, leaf in zip(sources, abstract)
+        ]
+        return arrays, [array for _, array in sorted((read.get("stateful") or {}).items())]
 
-    def _assign(self, sources: list[_Source], arrays: Mapping[str, Any]) -> None:
-        for group, variable, saved in sources:
-            if math.prod(saved.shape):
-                variable.assign(_leaf(arrays[group], saved.path))
+    def _put_damaged_aside(
+        self, paths: Mapping[int, epath.Path], damaged: Mapping[int, CheckpointCorruptError], intact: int
+    ) -> None:
+        """Their numbers are free then; nothing is deleted."""
+        for path in paths.values():
+            names = (f"{path.name}.damaged{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
+            path.rename(next(self.directory / name for name in names if not (self.directory / name).exists()))
+        if damaged:
+            self.reload()
+            warnings.warn(
+                f"Step {intact} is restored, because newer ones are damaged. They are set aside as "
+                f"<step>.damaged.\n{_listing([str(error) for error in damaged.values()])}",
+                stacklevel=4,
+            )
 
     def wait_until_finished(self) -> None:
-        """Waits until everything is committed. Raises the error of a save that failed; its step is not listed."""
+        """Waits until everything is committed. Raises if a save has failed; its step is not listed then."""
         try:
             super().wait_until_finished()
-        except BaseException:
+        except BaseException as error:
             # Orbax has also forgotten the steps that the failed save would have replaced.
-            self.reload()
-            raise
-        if self._replacing and max(_steps_in(self, self.directory / _REPLACED), default=-1) <= (
-            self.latest_step() or -1
-        ):
+            if self.directory.exists():
+                self.reload()
+            if not isinstance(error, Exception):
+                raise
+            raise self._save_error(error) from error
+        replaced = _steps_in(self, self.directory / _REPLACED) if self._replacing else {}
+        if self._replacing and max(replaced, default=-1) <= (self.latest_step() or -1):
             (self.directory / _REPLACED).rmtree(missing_ok=True)
             self._replacing = False
+
+    def _save_error(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"Saving step {self._saving} in {self.directory} has failed, and it is not listed there. Earlier "
+            f"checkpoints are as they were. {type(error).__name__}: {str(error).strip()[:1000]}"
+        )
+
+    def _remove_leftovers(self) -> None:
+        """The temporary folders of saves that were killed. A process that is alive keeps its own."""
+        for path in _temporary_folders(self.directory):
+            if jax.process_index() == 0 and _is_abandoned(path):
+                path.rmtree(missing_ok=True)
+
+
+@functools.cache
+def _writer() -> dict[str, Any]:
+    """This process, as temporary folders tell whose they are."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+
+
+def _is_abandoned(path: epath.Path) -> bool:
+    """Whether nobody writes into a temporary folder any more."""
+    try:
+        writer = _custom_metadata(path)[_RECORD_KEY]["writer"]
+    except (OSError, ValueError, LookupError, TypeError):  # not even that is written, or it is not ours
+        writer = {}
+    if writer.get("host") != _writer()["host"]:
+        return time.time() - path.stat().mtime > _ABANDONED_SECONDS  # nothing else is known from here
+    if writer["pid"] == os.getpid():
+        return writer["id"] != _writer()["id"]  # in a container, every process may have the same number
+    try:
+        os.kill(writer["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # it is somebody else's, and alive
+    return False
+
+
+def _is_about_the_store(error: BaseException | None) -> bool:
+    """Whether an error, or what has led to it, is one of reaching what is stored, or of memory: not of its content."""
+    if error is None:
+        return False
+    numbers = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+    return (
+        isinstance(error, (PermissionError, ConnectionError, TimeoutError, MemoryError))
+        or (isinstance(error, OSError) and error.errno in numbers)
+        # Of TensorStore and XLA there are only the codes in the text.
+        or re.search("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
+        is not None
+        or _is_about_the_store(error.__cause__ or error.__context__)
+    )
 
 
 def _foreign_variables(metadata: Any) -> dict[str, list[_Spec]]:
     """What Orbax itself notes about the arrays, for a checkpoint without a record (the guide's own version)."""
 
-    def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterable[_Spec]:
-        for name, value in tree.items():
-            if isinstance(value, Mapping):
-                yield from leaves(value, f"{prefix}{name}/")
-            else:
-                yield _Spec(prefix + name, tuple(value.shape), str(np.dtype(value.dtype)))
-
-    return {group: list(leaves(metadata.tree.get(group, {}))) for group in _GROUPS[:3]}
+    return {
+        group: [
+            _Spec(path, tuple(value.shape), str(np.dtype(value.dtype)))
+            for path, value in _leaves(metadata.tree.get(group, {}))
+        ]
+        for group in _GROUPS[:3]
+    }
 
 
 # -------------------------------------------------------------------------------------------- callback
