@@ -1131,6 +1131,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """
         variables = _variables(self._model, optimizer=not weights_only)
         self.wait_until_finished()
+        list(self.directory.iterdir())  # raises where it cannot be read: Orbax would see it as empty
         self.reload()  # others may have written since we looked
         steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
         if step is not None and step not in steps:
@@ -1209,10 +1210,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         except Exception as error:
             if _is_about_the_store(error) or not self.directory.exists():
                 raise
-            text = str(error).strip().split("\n")[0]
-            raise CheckpointCorruptError(
-                f"Step {step} in {self.directory} is damaged: {type(error).__name__}: {text[:300]}"
-            ) from error
+            origin = error
+            while origin.__cause__ is not None:
+                origin = origin.__cause__
+            text = f"{type(origin).__name__}: {str(origin).strip()[:500]}"
+            raise CheckpointCorruptError(f"Step {step} in {self.directory} is damaged: {text}") from error
 
     def _read(
         self,
@@ -1235,6 +1237,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             items["stateful"] = ocp.args.PyTreeRestore()
         read = self.restore(step, args=ocp.args.Composite(**items), directory=path.parent) if items else {}
         for name in items if record is not None else ():
+            # Orbax does without when told what to expect, but could not read the checkpoint otherwise.
+            json.loads((path / name / "_METADATA").read_text())
             if differing := _differing(read[name], _read_checksums(path / name, record.processes)):
                 raise ValueError(
                     f"{len(differing)} of its arrays do not have the checksums that they were saved with, "
