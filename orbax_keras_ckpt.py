@@ -318,6 +318,14 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     return "min" if name == "loss" else None
 
 
+_CHUNK_BYTES = 16 * 2**20  # chunks are written and read in parallel; measured on two cores
+
+
+def _limit_reading(handler: ocp.PyTreeCheckpointHandler, largest: int) -> None:
+    """How many bytes may be read at a time: `largest` and some more, to need little memory beyond the arrays."""
+    handler._handler_impl._restore_concurrent_bytes = largest + 4 * _CHUNK_BYTES
+
+
 def _x64() -> contextlib.AbstractContextManager:
     """JAX with 64-bit numbers, while it lasts."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # since JAX 0.8
@@ -330,7 +338,6 @@ async def _created(directory: Any) -> epath.Path:
 
 # ------------------------------------------------------------------------------------------- variables
 
-_CHUNK_BYTES = 16 * 2**20  # chunks are written and read in parallel; measured on two cores
 _AUTOMATIC_SUFFIX = re.compile(r"_(\d+)$")
 
 
@@ -914,11 +921,12 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._monitor = monitor
         self._mode = mode
         self._model_config = None
+        self._array_handler = _array_handler(compression)
         self._saving = None  # the step whose save was started last
         self._replacing = (directory / _REPLACED).exists()
         super().__init__(
             directory,
-            item_handlers={name: _array_handler(compression) for name in ("default", "stateful")},
+            item_handlers={"default": self._array_handler, "stateful": _array_handler(compression)},
             options=ocp.CheckpointManagerOptions(**self._retention(max_to_keep, kwargs), **kwargs),
         )
 
@@ -1231,6 +1239,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         )
         items = {}
         if wanted:
+            _limit_reading(self._array_handler, 2 * max(leaf.size * leaf.dtype.itemsize for leaf in abstract))
             restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
             items["default"] = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
         if stateful and record is not None and record.has_arrays:

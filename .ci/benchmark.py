@@ -197,8 +197,9 @@ def main():
         candidates = {name: make(model, tempfile.mkdtemp(dir=work)) for name, make in CANDIDATES.items()}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
-            for name, candidate in candidates.items():
-                rounds[name].append(measure(model, candidate, number))
+            names = list(candidates)
+            for name in names[number % len(names) :] + names[: number % len(names)]:  # what comes first may pay for it
+                rounds[name].append(measure(model, candidates[name], number))
         results = {
             name: {column: statistics.median(row[column] for row in rows[1:]) for column in SECONDS}
             for name, rows in rounds.items()
