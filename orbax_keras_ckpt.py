@@ -39,6 +39,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import errno
 import functools
 import inspect
@@ -490,18 +491,21 @@ def _compare(
     sources, differences = [], []
     for group, members in variables.items():
         by_path = {spec.path: spec for spec in saved.get(group, [])}
+        unexpected = by_path.keys() - pairs[group].values()
         for variable, spec in zip(members.values(), live[group]):
             other = by_path.get(pairs[group].get(spec.path))
             if other is None:
-                differences.append(f"{group}: {spec.path!r} is in the model but not in the checkpoint")
+                alike = [path for path in unexpected if by_path[path].shape == spec.shape]
+                near = difflib.get_close_matches(spec.path, alike, n=1)
+                hint = f", where {near[0]!r} comes nearest" if near else ""
+                differences.append(f"{group}: {spec.path!r} is in the model but not in the checkpoint{hint}")
             elif other.shape != spec.shape:
                 differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {spec.shape}")
             elif strict and other.dtype != spec.dtype:
                 differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
             else:
                 sources.append(_Source(group, variable, other))
-        for path in by_path.keys() - pairs[group].values():
-            differences.append(f"{group}: {path!r} is in the checkpoint but not in the model")
+        differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for path in sorted(unexpected)]
     return sources, differences
 
 
@@ -830,6 +834,12 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
 
+def _try_writing(directory: str | os.PathLike) -> None:
+    if "://" not in os.fspath(directory):
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+
+
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
     """The absolute path of a directory that can be written, made if it is not there."""
     try:
@@ -846,8 +856,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     try:
         if options.get("create", True):
             os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        _try_writing(path)
     except OSError as error:
         raise OSError(
             error.errno, f"checkpoint_dir={path!r} cannot be written to ({error.strerror}). Choose another directory"
@@ -1045,8 +1054,10 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item))
             for name, item in items.items()
         }
-        self._remove_leftovers()
         try:
+            # Where Orbax fails to make its folder, some of its threads wait for that for minutes, even at exit.
+            _try_writing(self.directory)
+            self._remove_leftovers()
             started = self.save(
                 step,
                 args=ocp.args.Composite(**arguments),

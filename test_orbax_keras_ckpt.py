@@ -327,20 +327,27 @@ def test_compression_is_off_unless_asked_for(compression, tmp_path):
     assert (size < 256 * 256 * 4) == compression
 
 
-def test_checkpoints_are_right_although_training_goes_on_at_once(tmp_path):
-    """Steps are donated: the arrays being saved are those that the next batch overwrites."""
+def test_every_batch_is_saved_as_it_was_although_training_goes_on_at_once(tmp_path):
+    """Batches are donated the arrays that are still being written. The oracle is a run without any checkpoint."""
     captured = {}
 
     class Capture(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            captured[epoch] = values(self.model)
+        def on_train_batch_begin(self, batch, logs=None):
+            captured[len(captured)] = values(self.model)
 
-    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(2000), layers.Dense(500), layers.Dense(1)]))
-    fit(model, 5, Capture(), callback(model, tmp_path, max_to_keep=None))
-    manager = KerasOrbaxCheckpointManager(model, tmp_path)
-    for epoch, expected in captured.items():
-        manager.restore_state(epoch)
-        assert_equal(values(model), expected)
+    def run(epochs, make):
+        seed(2)
+        model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(2000), layers.Dense(500), layers.Dense(1)]))
+        fit(model, epochs, make(model))
+        return model
+
+    run(3, lambda model: Capture())
+    model = run(2, lambda model: callback(model, tmp_path, max_to_keep=None, save_freq=1))
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, max_to_keep=None)
+    assert manager.all_steps() == list(range(1, 9))  # of four batches an epoch
+    for step in manager.all_steps():
+        manager.restore_state(step)
+        assert_equal(values(model), captured[step])
 
 
 # ---------------------------------------------------------------------------------------------------- steps
@@ -396,6 +403,16 @@ def test_monitor_keeps_the_best_and_the_newest(mode, series, kept, tmp_path):
     again.wait_until_finished()
     assert again.all_steps() == kept
     assert again.best_step() == series.index(max(series) if mode == "max" else min(series))
+
+
+def test_monitor_and_options_of_orbax_keep_their_checkpoints_side_by_side(tmp_path):
+    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path, 1, monitor="loss", mode="min", keep_period=4)
+    for epoch, loss in enumerate([5, 4, 1, 3, 2, 6, 7]):
+        manager.save_state(epoch, metrics={"loss": loss})
+    manager.wait_until_finished()
+    assert manager.all_steps() == [0, 2, 4, 6]  # every fourth, the best, the newest
+    record = json.loads((tmp_path / "2/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    assert record["metrics"] == {"loss": 1.0}
 
 
 def test_monitor_direction_comes_from_the_metrics_or_is_asked_for(tmp_path):
@@ -629,6 +646,12 @@ def test_mismatch_lists_every_difference_and_changes_nothing(trained):
     assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, ValueError)
     assert_equal(values(model), before)
     assert listing(directory) == files
+
+
+def test_mismatch_names_the_nearest_for_a_renamed_layer(tmp_path):
+    save(named_blocks(["encoder", "head"]), tmp_path)
+    with pytest.raises(CheckpointMismatchError, match="encodr/kernel' is in the model but.*, where '.*encoder/kernel' comes nearest"):
+        KerasOrbaxCheckpointManager(named_blocks(["encodr", "head"]), tmp_path).restore_state()
 
 
 def test_other_dtype_is_a_mismatch(trained):
@@ -911,6 +934,22 @@ def test_damage_of_two_steps_and_of_one_more_later(wider, tmp_path):
     assert ocp.CheckpointManager(directory).all_steps() == [0]
 
 
+def test_warm_start_reads_only_what_it_needs(tmp_path):
+    def build(head):
+        return compiled(keras.Sequential([keras.Input((6,)), layers.Dense(500), layers.Dense(head)]), optimizer="sgd")
+
+    saved, model = build(300), build(200)
+    save(saved, tmp_path)
+    with open(data_file(tmp_path / "0"), "r+b") as file:  # the middle of it is the head's kernel
+        file.seek(200_000)
+        file.write(bytes(200_000))
+    with pytest.raises(CheckpointCorruptError):
+        KerasOrbaxCheckpointManager(saved, tmp_path).restore_state()
+    with pytest.warns(UserWarning, match="restored in part"):
+        KerasOrbaxCheckpointManager(model, tmp_path).restore_state(strict=False)
+    assert_equal([np.array(model.layers[0].kernel.value)], [np.array(saved.layers[0].kernel.value)])
+
+
 def test_trouble_with_reaching_the_store_is_not_damage(wider, tmp_path):
     directory = copy_of(wider, tmp_path)
     with tempfile.TemporaryDirectory() as place:  # tmp_path is root's alone
@@ -925,6 +964,57 @@ def test_trouble_with_reaching_the_store_is_not_damage(wider, tmp_path):
     with pytest.raises(OSError) as raised:
         manager.restore_state()
     assert not isinstance(raised.value, CheckpointCorruptError)
+
+
+# --------------------------------------------------------------------------------------- failed and unfinished writes
+
+
+def test_temporary_folders_of_killed_saves_are_removed_and_those_of_the_living_are_not(trained, tmp_path):
+    directory = copy_of(trained, tmp_path)
+    ours = json.loads((directory / "2/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]["writer"]
+    living = subprocess.Popen(["sleep", "300"])
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    day = 24 * 3600
+    cases = {  # name: (writer, age in seconds, whether it stays)
+        "dead": ({**ours, "pid": dead.pid}, 0, False),
+        "living": ({**ours, "pid": living.pid}, 2 * day, True),
+        "this": (ours, 2 * day, True),
+        "same number": ({**ours, "id": "another"}, 0, False),
+        "other host": ({**ours, "host": "another"}, 0, True),
+        "other host long ago": ({**ours, "host": "another"}, 2 * day, False),
+        "unknown": (None, 0, True),
+        "unknown long ago": (None, 2 * day, False),
+    }
+    for number, (writer, age, _) in enumerate(cases.values()):
+        path = directory / f"{100 + number}.orbax-checkpoint-tmp"
+        shutil.copytree(directory / "2", path)
+        if writer is None:
+            empty(path / "_CHECKPOINT_METADATA")
+        else:
+            edit_record(path, json.dumps(ours)[1:-1].split(", ")[1], json.dumps(writer)[1:-1].split(", ")[1])
+            edit_record(path, ours["host"], writer["host"])
+            edit_record(path, ours["id"], writer["id"])
+        os.utime(path, (time.time() - age,) * 2)
+    model = dense_model()
+    fit(model, 4, callback(model, directory))
+    living.kill()
+    left = [int(path.name.split(".")[0]) - 100 for path in directory.glob("*tmp")]
+    assert sorted(left) == [number for number, case in enumerate(cases.values()) if case[2]]
+    assert KerasOrbaxCheckpointManager(model, directory).all_steps() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["full", "removed", "read-only"])
+def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, tmp_path):
+    with tempfile.TemporaryDirectory() as place:  # tmp_path is root's alone
+        directory = pathlib.Path(place, "ckpt")
+        done = json.loads(script("failing", directory, how).stdout.splitlines()[-1])
+        assert re.fullmatch(f"(?s)CheckpointError: Saving step 2 in {directory} has failed.*", done["raised"][0])
+        expected = {"full": "File too large", "removed": "", "read-only": "Permission denied|PERMISSION_DENIED"}
+        assert re.search(expected[how], done["raised"][0])
+        assert done["steps"] == ([] if how == "removed" else [0, 1])
+        assert done["intact"] == done["steps"]
+        assert done["rerun"] == [0, 1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -1219,6 +1309,7 @@ def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(fr
         committed = found is not None
     assert committed
     run_to_its_end(work, **options)
+    assert [path.name for path in (work / "ckpt").iterdir()] == ["39" if freq == "epoch" else str(40 * BATCHES)]
     assert_same_end(work, uninterrupted(data="shuffled", epochs=40))
 
 
@@ -1449,11 +1540,6 @@ def test_states_survive_json():
         assert {**back, "array": 0} == {**value, "array": 0}
     with pytest.raises(TypeError, match="a object cannot be saved"):
         orbax_keras_ckpt._pack([object()])
-
-
-def test_failed_background_write_raises_and_is_not_listed(tmp_path):
-    done = script("full", tmp_path / "ckpt")
-    assert json.loads(done.stdout.splitlines()[-1]) == {"steps": [0], "raised": ["fit", "save"], "restored": 0}
 
 
 # ------------------------------------------------------------------------------------- seams, documents, notebook
@@ -1691,29 +1777,43 @@ def train_and_fail(work, end):
     fit(model, 2, OrbaxCheckpointCallback(model, os.path.join(work, "ckpt"), save_freq=3), Fail())
 
 
-def full(directory):
-    """A disk that is full from the second save on."""
+def failing(directory, how):
+    """A run whose third save fails, and another one after what was wrong has gone."""
+    directory = pathlib.Path(directory)
+    directory.mkdir()
+    directory.parent.chmod(0o755)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(40_000), layers.Dense(1)]))
-    manager = KerasOrbaxCheckpointManager(model, directory, 1)
-    manager.save_state(0)
-    manager.wait_until_finished()
-    raised = []
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+
+    def spoil(epoch):
+        if epoch == 2:
+            checkpoint.checkpoint_manager.wait_until_finished()
+            if how == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+            elif how == "removed":
+                shutil.rmtree(directory)
+            else:
+                os.seteuid(65534)
+
+    def build():
+        model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(40_000), layers.Dense(1)]))
+        return model, OrbaxCheckpointCallback(model, directory, None, verbose=0)
+
+    result = {"raised": []}
+    model, checkpoint = build()
     try:
-        fit(model, 2, OrbaxCheckpointCallback(model, directory, 1))
+        fit(model, 4, checkpoint, keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: spoil(epoch)))
     except Exception as error:
-        assert "File too large" in str(error) or "EFBIG" in str(error), repr(error)
-        raised.append("fit")
-    manager.reload()
-    manager.save_state(1)
-    try:
-        manager.save_state(2)
-    except Exception:
-        raised.append("save")
+        result["raised"].append(f"{type(error).__name__}: {error}")
+    os.seteuid(0)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    print(json.dumps({"steps": manager.all_steps(), "raised": raised, "restored": manager.restore_state()}))
+    directory.mkdir(exist_ok=True)
+    model, checkpoint = build()
+    result["steps"] = checkpoint.checkpoint_manager.all_steps()
+    result["intact"] = [checkpoint.checkpoint_manager.restore_state(step) for step in result["steps"]]
+    fit(model, 4, checkpoint)
+    result["rerun"] = checkpoint.checkpoint_manager.all_steps()
+    print(json.dumps(result))
 
 
 def unreadable(directory):
@@ -1735,4 +1835,4 @@ def unreadable(directory):
 
 
 if __name__ == "__main__":
-    {"train_and_fail": train_and_fail, "full": full, "unreadable": unreadable}[sys.argv[1]](*sys.argv[2:])
+    {"train_and_fail": train_and_fail, "failing": failing, "unreadable": unreadable}[sys.argv[1]](*sys.argv[2:])
