@@ -1260,10 +1260,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             # Orbax does without when told what to expect, but could not read the checkpoint otherwise.
             json.loads((path / name / "_METADATA").read_text())
             if differing := _differing(read[name], _read_checksums(path / name, record.processes)):
-                raise ValueError(
-                    f"{len(differing)} of its arrays do not have the checksums that they were saved with, "
-                    f"the first is {differing[0]!r}"
-                )
+                others = f", nor have {len(differing) - 1} others" if differing[1:] else ""
+                raise ValueError(f"{differing[0]!r} does not have the checksum that it was saved with{others}")
         leaves = dict(_leaves(read.get("default", {})))
         arrays = [
             leaves[f"{source.group}/{source.saved.path}"] if leaf.size else source.variable.value

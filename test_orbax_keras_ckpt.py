@@ -4,10 +4,13 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
+import base64
 import datetime
 import importlib.util
 import inspect
+import io
 import json
+import lzma
 import multiprocessing
 import pathlib
 import random
@@ -17,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -1141,6 +1145,70 @@ def test_newer_format_is_refused_in_words(trained, tmp_path):
     with pytest.raises(CheckpointError, match="has format 99; this copy.*reads format 1"):
         KerasOrbaxCheckpointManager(model, directory).restore_state()
     assert_equal(values(model), before)
+
+
+# A directory with the step 1 of `Sequential([Input((2,)), Dense(1, name="head")], name="fixture")` and SGD(0.5), written by
+# version 0.1.0 of the module in format 1: tar, xz, base64. It stays readable.
+FORMAT_1 = (
+    "/Td6WFoAAATm1rRGAgAhARwAAAAQz1jM4E//DtddABiLyGU5USEDrP9bVbwdjdovQQu9Yii6aUaQyd5kxhrc31AexR3Le0g24eXYpYmSZcovfkaBSf1OAc"
+    "KgMPn/K+dizriy5aDK7RkfoJGr2zCAWwMqhVXAVSHvOpVsJ0I/bxenpbNUmmVKCImWZoSum5IafgfoyTyrYRdY2dq7ZGjU+Kw+30MnpXkYKjL2aMTDf6x5"
+    "nf6wNMy6C7fRjSkIO0z50DVI2HFNxEHrlWRyJUZ98jHoLF4nW+kyS6t6t7Qc7qyXah5f0wTpvTpZVr/PFZZlS+rDpf5Nqcna8cheG3EDA0d+yNwgCFj81j"
+    "Xe4vDmUApUisQJCoBd2vpgDAY0GPzq+KRaYlBtFP0NXDkbVwH4exbq2FhaA1EObTxhIhojaZc6VDjRiLg8L2WokZ3Xwr8LVS0eZAKlEo9Wpinec7YOAH7k"
+    "YOTMYOYU8gqytWfTrf4s1sdoYrpweAFxAt+mbJUVgMJ/hDo9n+/XgvmEy6XwQDLSAIAARodGVQD3q+wj6bHp9TSYEh4udp0/EdonK2r1PJ+s7hXG2Jq43x"
+    "dtCtN52b14+Nz1LV/7Na6xpEjmSHr+RTOCuji4KwqUWfT1J4rtooZ0O4CiRTRUtOtwFo2aJ1LSpE+/yn35XtO88MEkFjx519SVJbXUH561gA6jZrTYl4Gv"
+    "1Vsx2iH6gY9lW+oQExETCh4dzzQ17+UaDl6DoVFivgiP9gKsitJZlbjz1yKNsgMSt6DoxMod46eB2vtL4KqJJGudv/NJR2OwDmQtW5PPzPDqDNazohNCRP"
+    "QM+XwnPbMRRYbluwJ1pcJO1eWRPlVud379txF2lBtv8AyPUp7R7Vofwu6mDzBTvUf+gUA5L7aqfFoAg6kNEabZgd4fKDCCxmbgOZzqahIqpjg0n3V46K0d"
+    "NzHjwpd91m3viq7qBz4T5SIgJOpFlAFZLYtN4aO9EZWkWKfNUPESNqUStWP1toXmJMKtBwZli+IBdA7XwkmOpyhxTL+MkNFYlSq57I9ofa2hHkZiOcrrep"
+    "hx4hWdsggXKAmrlCI6FIrYVk6mxbwv+l7EDedtBSXxwMubLtVAZH7bJ6gv20fEt00mnrmfeBoXxMmS0mjrRySqRBVJxbZS+YciFTdbC9aebgO+Bdp5TLp4"
+    "98jLDVyyAStdTJkdWO0S3/Qv43qol+yzpZUGXg64N/xJuiN4aNcAYzN/I0+CPvZd0/ZgXgSvC/s5LhOpq3ZVJZtri9O/scLipETI/MX+hUjq41gs6VfFiB"
+    "i5sM0iySW+k8S/GB1Eqpt8Dbq+mNp5NyvYkK4qefq4fEGj/QP9tLMpjq82GzWSVSbyjBPWhY24SPt25AZ9cbLlTvJbIfFR1zQ8Mw2wUSmF0D18YGL1F+uJ"
+    "l8K+hRylNkb1jI+/5joTH0MvrvkGaNNWDYANtGlWNIUKpaT5MReR59vxiLxipFcBAfjX6x59e+Wx0K4zhzVaEMUQi1/LXNovr2m8+kGquRchiu6cggEbkR"
+    "f7Mk4v2Nr9lZebBUok42WUHzV9Rx3YhAcy+jBQmAZ+vI0dhSmIvgyzT7cNt9xW0k5UnC1SoM9+k0eHjjIIWVJHQ//5y+owCFdt6NzAD1pcsce7v/CMvqO5"
+    "Js90DOYgIlxl+otAh7t6qQtIgrmEOuVqh3nDce865sE8z/iIcYXobUIJR6cOqZZFTpInJZ+T/XBlgOdZkN2AQW+4CQoLvfTE9pLh0yw/p2Uq1CXs9wGMoc"
+    "I1tmUxwhC4pT/xiKCyZ3aJhX4WtVOgOOWgHpubn9PMQM6gGTAKb+q7wl1ip4JWjh44VMCaB0FT7rIi+xAfwWITDiVIsxRTX2xfe1UI2fy6GLRRbztEY6u6"
+    "uP1vkiI+mmthC8r+dRkX33GfH4FELV7k18TFWpvnHs6tQ8dD1jUJqjGYD05mDd1ogbyhQNbLhGdOedhUu+iV0PBbYMTvAITX44dNhyYvTPzi5FLJt4OspO"
+    "CskLikZDwbItGhtobZv0XGlgra5CwoENrunw9faLNYAP14B+2HbMwZuy9914fRPfyGFC9dpByZPRwTcPNdDIMfHEMAPQ/nL+uqTu4M+j6pnU7Hih4guozZ"
+    "FcL21fa3mFMEZKkRO2q9PhDv1Q/y7gBQtlNEwTSGK5N7m5Vdxw8rU8DPKDOVgsA4e/CBzAwcLJksDCdJZg1ZmFu77mmLz0SPHyA7T2ldogoQURwc76uZcH"
+    "2c3Bp52mydrOg8vIfEYgS+zUXFHbMdOhGr23phKB3l2SlrDwxeMjRhPWA0mO3Nvh4yEqof36VuereZK+p+TCeobHESKfag2XFYHIQ6Nh7ePhgnG/mgy2xJ"
+    "wHxFv5M+dgx7j5uPvzmQmr9kIbG0aI45oWr7HBFWey3gLRTWwrrDkIsPzC/QWfx3y1tsU5rCwd3eace8Dz/C/ySOHkCgj2CaUHFt1/gCHmbUMqfGpm8J73"
+    "BYrZml4V933bMyIc8ZRAPS3jH3ocRWbQ6JvT8kIuzV8XpvMv7YDRt1+HOS12gB+wsTJXO+typkftUF7iht5WK5JEifzaFuEo7w5XEfQ+VglSYVFvloHJKK"
+    "10wqSaLK5kkKHlpM/5zFfsKlfaRzAOdYw0A27EixoIgG1wWiAzvQu0BooG3Yu0V1KO/tnAoE3sKEHYXo83YDuR66KXqgqk1TEtxNMzFiWnAd4K+idfBbe9"
+    "rffMKBvDGXxRrZfgYT+O5Ia15vtO4SBh4/nzkTSGzBd2boQ30ROjHXbYrrq9PIaLVLSlsWHdaIezFsez1zJ4ucG1IhB3Fc7ElglccRujoTWXgyWjir3+Uy"
+    "xRlsoRrnaqcw8SRoANwBNHC4lY0swp/sxYKjVTC6t+Fcy4DbCbT7GEjbZigo7bEngo3LlDoZnFb7HpsdWu/DQJ+RaClsEGtBxPCREL9wCREZ+HwveEu6wT"
+    "1rLQQVx7cF21FDXC7zwVY9SV/1dTe+7bOOa0Iv49NIpsCA+GCgqN1Pa13qRwDTWmYavShV6n5IapQRy8gKFGQzKofoxclQ7nG8dZOFLCm67YzlfBSziD3f"
+    "9cNlZCUQjqQ8rcaYEOaF47SUmu/cRsoSSQRzuem0kYcnf0nD9648Ho267QSZ5gWBU/L2zyOp5d3sK+3OUUZLXNnI+i2vugmamaaL35QIbtf5KWpo22StrY"
+    "SVQIqiz+P0UJ5zvxVOwKRqqlk8WQjanw6eG7jlcj0Z/MVTDwR7rtgLAOl2k4I2eQp9NQmK2csJKknhrjNzxZvakIs5QNDDGZpDJ3kdtXRR39Rbeu5eGn9B"
+    "Pt6YyHEa4YKhJXC4CkLbUggLg3xyPryNULcijORaLgx9C4DxJvPHr/D6U2m90VqXc8ukY2HGvrpmlvgyArks0E4rBTpiEQuYrfOn49DAZ59BSI7DD6rQ8O"
+    "H9ICqeqZfVNTDybq72gJi5XRXaI0BmCcYHyvPiG0Neo/kbeabLou54Ql3cjsnPIMop63gXaVNEVGDPdfyLT3KMrPSFRISWyxL5liVHS1g3Ba2rWd+EE2ho"
+    "m800DtfsXaI7wBUA0DGBeAcJ9uOi0cBqFHofit5nL/W+wCk304gUJYF1t+8w4bDHNAbbstLBIFISmvMD4sfXYrxV39F0gJSZowwH1bJe5Sf/QIiJecyUUO"
+    "00brVmOhgdLDhBoQoUAiL1fKTroVDHiNSEV8lHNsyfXQ4jx+ZEKb5FdJbHbICJ6QSbyaN30UOX7NPt8JgfhRmzdeTE6W2haCga5H69aXevXHfqPnS12t5M"
+    "gXpvlqNrrAaNGAbSI1KZcQTC2b45Fpq0zfnlHDM0lGjBshP83XSN9eYxZ5Tx7tZgJbV7Ot3nEcqzZ2BarySX6RyuoJIDkvWrLxPUR5CSqufaSfSKyuPYH+"
+    "kqtC8nFBmFAPdrn1aOXzhT74aIeoSJr7eOJl0dWJrTOzHt9X52ioHeAulchyh2mFGPYQknH9u7941yA5EAE8Y1NzKNzYTIU9Ljv7zYPQ9klwfw66kWdYF5"
+    "99ekHnCw17euS7xssM9dDPLxxlyjWCsjPaHCcEZaV67aPNLNH9XPzA3l9209XS63rynoR9Xm91zFT0ZWeRo+ulQy3aLGb/8+slI9Ey9lXl/YWJ4WVDzI7c"
+    "8P+U1q90tOqtx3lT4pADe3Y5Cb8ghrkmgf0Excw56/Wd6J7m+g6B51nQopuxx1BhCF7TRSS72uG0L7jaaOhyU7jykMDy77Q+ASJ/DmNqWRWlqkrq1vXieW"
+    "hl+kmzggBRTV88fYPQ4LDi0YWuXMK7TtVzG8LSKi+AswK7LOuiDRxrDLuD6jYPIs+fkIekZkTU8I/FckdbB4GuvLU0FQzTGz9GwkyqGr8Lw2suDRRnB7XJ"
+    "39X4F7RaBLewSVJQzCyljPI7wOfirq34MRE69HszNr/W/0qPBnQbPRBScUzqxPBgmEK7wiPz6xzFJRhytU3v8x/pKDetv31SmnHMP74exffgKy9uypE5vY"
+    "5rGyc1m7YPzTFw7jiy65aBwcf5CXCnEKBMb/sHrFAuuWTthVirYD71AV1uj/rUBT9ad1r23o0oAVCuapBnc4Bz/XN+DG96HQJI9DQW1jq48kLIsXvLbugU"
+    "UuKzG3Pd+uGu0s45tVxIOyumB0ltcv3GxUyaB4muJuYN0+Bcfswv8sqX5pW/pOitvf/nVWYKdUYAAK28p1yeLYpe6TOA6lEWUDJmXa8s4he97G9CnSGVKw"
+    "j3/u7aDA/O2UobQXFAChTLAM4mrWv9BB+ZvEJOhWIanrKh6iLVRHywkDYUizI0t5WI9Mk0V13K2AywgKJwvQsZqrzWD419D5/ZLAZ2g22Lpy2ERC8+7ygL"
+    "X7la0/XRIQ14GMgiGy4C+tyFXVzW31NZpiG5Zef06pKXkrW9Bgbe7w92/L7nLojh1zrZtZkWrdD/wqfUIsUCxrvA7Cbd7xTs34ry4VfzPu9OPJmmChwI30"
+    "Q8FcJORo6Fiy9iPFjRih7nclXPuIZgK21Jaeh5Exs1/7Z6hspmA5/YUPjj+PNzB+T4ZtxMdnQV/XtKaQGnJDcf1EeD91iZAjnU2H/uSVsFnTw2GlqAZBzU"
+    "zGsmgQY563Ycrox2vov06sBx5Rioz6IAAAAP2tB3DTQadEAAHzHYCgAQBDNhnlscRn+wIAAAAABFla"
+)
+
+
+def test_checkpoints_of_format_1_stay_readable(tmp_path):
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(FORMAT_1)))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, name="head")], name="fixture")
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 1
+    assert [weight.tolist() for weight in model.get_weights()] == [[[1.5], [-2.25]], [0.125]]
+    assert float(model.optimizer.learning_rate) == 0.5
+    assert model.fit(np.zeros((4, 2)), np.zeros((4, 1)), epochs=4, verbose=0, callbacks=[callback(model, tmp_path)]).epoch == [2, 3]
+    garble(tmp_path / "1/_CHECKPOINT_METADATA")
+    with pytest.raises(CheckpointCorruptError):
+        KerasOrbaxCheckpointManager(model, tmp_path).restore_state(1)
 
 
 def test_other_backends_are_refused():

@@ -1,6 +1,7 @@
 """Saving and restoring a Keras model's training state, side by side: `python .ci/benchmark.py --gb 0.4`.
 
 Every round runs all candidates one after the other, each on its own newest state; the table has the medians.
+`training meanwhile` is the speed of training from the start of a save until it is committed, 1 without any save.
 Memory is the growth of the process's peak (Linux), each candidate in a process of its own.
 """
 
@@ -10,12 +11,14 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import argparse
 import json
+import math
 import pathlib
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import jax
@@ -27,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 from orbax_keras_ckpt import KerasOrbaxCheckpointManager
 
 SECONDS = ("blocked", "commit", "restore")
+SPEED = "training meanwhile"
 MEMORY = ("save memory", "restore memory")
 
 
@@ -149,6 +153,30 @@ def measure(model, candidate, number):
     return dict(zip(SECONDS, (blocked, commit, restored)))
 
 
+def steps_per_second(model, is_over):
+    x, count, start = np.ones((8, model.input_shape[1]), "float32"), 0, time.perf_counter()
+    while not is_over():
+        model.train_on_batch(x, x)
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def training_meanwhile(model, candidate, number):
+    """Steps per second from the start of a save until it is committed, in parts of those without a save."""
+    save, wait, _ = candidate
+    alone_until = time.perf_counter() + 1.5
+    alone = steps_per_second(model, lambda: time.perf_counter() > alone_until)
+    start = time.perf_counter()
+    save(number)
+    blocked = time.perf_counter() - start
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    start = time.perf_counter()
+    rate = steps_per_second(model, lambda: not waiting.is_alive()) if waiting.is_alive() else 0.0
+    seconds = time.perf_counter() - start
+    return rate * seconds / (seconds + blocked) / alone
+
+
 def peak(action):
     """Growth of the process's peak memory while `action` runs, in bytes."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -168,13 +196,19 @@ def memory(name, model, directory):
     return dict(zip(MEMORY, (peak(lambda: (save(0), wait())), peak(restore))))
 
 
+def shown(column, value, state):
+    if column in SECONDS:
+        return f"{value:.3f} s"
+    return f"{value / state:.2f} states" if column in MEMORY else f"{value:.2f}"
+
+
 def table(results, state):
     """One row for each candidate: the value, and in brackets its ratio to Keras's callback."""
-    columns = SECONDS + MEMORY
+    columns = (*SECONDS, SPEED, *MEMORY)
     yield "| | " + " | ".join(columns) + " |"
     yield "|---|" + "---|" * len(columns)
     for name, row in results.items():
-        cells = [f"{row[c]:.3f} s" if c in SECONDS else f"{row[c] / state:.2f} states" for c in columns]
+        cells = [shown(column, row[column], state) for column in columns]
         ratios = [f" ({row[c] / results[BASE][c]:.2f})" if c in SECONDS else "" for c in columns]
         yield f"| {name} | " + " | ".join(cell + ratio for cell, ratio in zip(cells, ratios)) + " |"
 
@@ -204,7 +238,11 @@ def main():
             name: {column: statistics.median(row[column] for row in rows[1:]) for column in SECONDS}
             for name, rows in rounds.items()
         }
-        for name in candidates:
+        for name, candidate in candidates.items():
+            # Beyond that, compiling takes minutes.
+            numbers = range(options.rounds + 1, 2 * options.rounds + 1) if options.variables <= 100 else ()
+            speeds = [training_meanwhile(model, candidate, number) for number in numbers]
+            results[name][SPEED] = statistics.median(speeds or [math.nan])
             command = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
             results[name] |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     finally:
