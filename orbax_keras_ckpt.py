@@ -834,12 +834,6 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
 
-def _try_writing(directory: str | os.PathLike) -> None:
-    if "://" not in os.fspath(directory):
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-
-
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
     """The absolute path of a directory that can be written, made if it is not there."""
     try:
@@ -856,7 +850,8 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     try:
         if options.get("create", True):
             os.makedirs(path, exist_ok=True)
-        _try_writing(path)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise OSError(
             error.errno, f"checkpoint_dir={path!r} cannot be written to ({error.strerror}). Choose another directory"
@@ -936,7 +931,12 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         super().__init__(
             directory,
             item_handlers={"default": self._array_handler, "stateful": _array_handler(compression)},
-            options=ocp.CheckpointManagerOptions(**self._retention(max_to_keep, kwargs), **kwargs),
+            # Folders made in the background are a race in Orbax 0.11.20; and where they cannot be made, threads wait for
+            # them for minutes, even when the process ends.
+            options=ocp.CheckpointManagerOptions(
+                **self._retention(max_to_keep, kwargs),
+                **{"async_options": ocp.AsyncOptions(create_directories_asynchronously=False), **kwargs},
+            ),
         )
 
     def _retention(self, max_to_keep: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -1055,8 +1055,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             for name, item in items.items()
         }
         try:
-            # Where Orbax fails to make its folder, some of its threads wait for that for minutes, even at exit.
-            _try_writing(self.directory)
             self._remove_leftovers()
             started = self.save(
                 step,
@@ -1322,11 +1320,15 @@ def _writer() -> dict[str, Any]:
 def _is_abandoned(path: epath.Path) -> bool:
     """Whether nobody writes into a temporary folder any more."""
     try:
+        age = time.time() - path.stat().mtime
+    except FileNotFoundError:
+        return False  # it was committed meanwhile
+    try:
         writer = _custom_metadata(path)[_RECORD_KEY]["writer"]
     except (OSError, ValueError, LookupError, TypeError):  # not even that is written, or it is not ours
         writer = {}
     if writer.get("host") != _writer()["host"]:
-        return time.time() - path.stat().mtime > _ABANDONED_SECONDS  # nothing else is known from here
+        return age > _ABANDONED_SECONDS  # nothing else is known from here
     if writer["pid"] == os.getpid():
         return writer["id"] != _writer()["id"]  # in a container, every process may have the same number
     try:
