@@ -18,17 +18,21 @@ Promised:
 - Saving happens in the background; `fit` returns when everything is committed, or raises.
 - A checkpoint is compared with the model before anything is read. If they differ, one error lists the
   differences and the model stays as it was.
+- Every array has a checksum, so a flipped bit is always found. Then the newest intact checkpoint is taken, with a
+  warning, and the damaged one is set aside.
 - On SIGTERM the state is saved within a batch and the process exits with code 143.
 - Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
 
 Not promised:
 
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
+- Detection of damage in checkpoints that others wrote, which have no checksums.
 
 On disk, for the newest step 2, readable with plain Orbax:
 
     /tmp/ckpt/2/_CHECKPOINT_METADATA      Orbax's, with our record under custom_metadata
-    /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
+    /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr, and the file of their checksums
+    /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
 """
@@ -931,8 +935,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         super().__init__(
             directory,
             item_handlers={"default": self._array_handler, "stateful": _array_handler(compression)},
-            # Folders made in the background are a race in Orbax 0.11.20; and where they cannot be made, threads wait for
-            # them for minutes, even when the process ends.
+            # Folders made in the background are a race in Orbax 0.11.20; where they cannot be made, threads wait for them
+            # for minutes, even when the process ends.
             options=ocp.CheckpointManagerOptions(
                 **self._retention(max_to_keep, kwargs),
                 **{"async_options": ocp.AsyncOptions(create_directories_asynchronously=False), **kwargs},
@@ -1111,10 +1115,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     def restore_state(
         self, step: int | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
     ) -> int | None:
-        """Gives the model the state of a checkpoint.
+        """Gives the model the state of a checkpoint, whose checksums are verified.
 
         Args:
-            step: The step, None for the newest. Defaults to None.
+            step: The step, None for the newest that is intact: damaged ones are reported by a warning and set aside
+                as `<step>.damaged`. Defaults to None.
             weights_only: Whether to leave the optimizer alone. The model need not be compiled then.
                 Defaults to False.
             strict: Whether model and checkpoint have to be the same. If False, what agrees by path and
@@ -1128,7 +1133,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
         Raises:
             CheckpointMismatchError: The model is not the one that was saved. It has not been changed.
+            CheckpointCorruptError: `step` is damaged, or without it, all steps are.
             FileNotFoundError: There is no checkpoint of that step.
+            OSError: The directory cannot be reached, which is not taken for damage.
         """
         found = self._restore(step, weights_only=weights_only, strict=strict, donate=donate)
         return None if found is None else found.step
