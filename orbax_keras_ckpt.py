@@ -935,8 +935,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         super().__init__(
             directory,
             item_handlers={"default": self._array_handler, "stateful": _array_handler(compression)},
-            # Folders made in the background are a race in Orbax 0.11.20; where they cannot be made, threads wait for them
-            # for minutes, even when the process ends.
+            # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
+            # them for minutes, even when the process ends.
             options=ocp.CheckpointManagerOptions(
                 **self._retention(max_to_keep, kwargs),
                 **{"async_options": ocp.AsyncOptions(create_directories_asynchronously=False), **kwargs},
