@@ -138,7 +138,7 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)) and np.asarray(value).dtype != object:
         array = np.asarray(value)
         if arrays is not None and array.size and array.ndim:
-            arrays.append(array)
+            arrays.append(array.copy())  # it is written in the background
             return {"array": len(arrays) - 1}
         return {"base64": base64.b64encode(array.tobytes()).decode(), "dtype": str(array.dtype), "shape": array.shape}
     if (name := _operation(value)) is not None:
@@ -1234,6 +1234,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with self._damage_of(step):
             record = _Record.from_metadata(_custom_metadata(path))
+            if record is None and (path / "default" / f"{_CHECKSUMS}.0").exists():
+                raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
             saved = record.variables if record else _foreign_variables(self.metadata(step).item_metadata["default"])
         if check is not None:
             check(record)
@@ -1338,7 +1340,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 raise
             raise self._save_error(error) from error
         replaced = _steps_in(self, self.directory / _REPLACED) if self._replacing else {}
-        if self._replacing and max(replaced, default=-1) <= (self.latest_step() or -1):
+        if self._replacing and max(replaced, default=-1) <= max(self.all_steps(), default=-1):
             (self.directory / _REPLACED).rmtree(missing_ok=True)
             self._replacing = False
 

@@ -384,6 +384,10 @@ def test_orbax_options_get_through(tmp_path):
     checkpoint = callback(model, tmp_path, 1, keep_period=2, enable_async_checkpointing=False)
     fit(model, 4, checkpoint)
     assert checkpoint.checkpoint_manager.all_steps() == [0, 2, 3]
+    saved = values(model)
+    assert {"_sharding", "orbax_keras_ckpt.checksums.0"} < {path.name for path in (tmp_path / "3/default").iterdir()}
+    assert checkpoint.checkpoint_manager.restore_state() == 3
+    assert_equal(values(model), saved)
     every_third = KerasOrbaxCheckpointManager(model, tmp_path / "third", save_interval_steps=3)
     assert [every_third.save_state(epoch) for epoch in range(4)] == [True, False, False, True]
     newest = ocp.checkpoint_managers.LatestN(2)
@@ -880,7 +884,7 @@ DAMAGES = {
     "all files removed": lambda step: [remove(path) for path in step.iterdir()],
     "half copied": half_copied,
     "record edited": lambda step: edit_record(step, '"epoch": 3', '"epoch": 2'),
-    "checksum edited": lambda step: garble(step / "default/orbax_keras_ckpt.checksums.0"),
+    "record renamed": lambda step: edit_record(step, '"orbax_keras_ckpt"', '"orbax_kerbs_ckpt"'),
 }
 
 
@@ -1468,6 +1472,8 @@ def test_replaced_snapshot_is_found_until_its_successor_is_committed(tmp_path):
     fit(model, 1)
     assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 0
     assert_equal(values(model), saved)
+    fit(model, 1, callback(model, tmp_path, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
     assert fit(model, 2, callback(model, tmp_path, 1)).epoch == [0, 1]
     assert listing(tmp_path)[0] == "1" and not any("replaced" in path for path in listing(tmp_path))
 
@@ -1638,6 +1644,16 @@ def test_keras_still_has_what_the_seams_touch():
     assert isinstance(generator, keras.random.SeedGenerator)
     orbax_keras_ckpt._set_global_seed_generator(None)
     assert orbax_keras_ckpt._global_seed_generator() is None
+
+
+def test_orbax_still_has_what_the_seams_touch(tmp_path):
+    assert ocp.type_handlers.get_type_handler(jax.Array)._enable_write_sharding_file is True  # ours is a copy without
+    assert orbax_keras_ckpt._array_handler(False)._handler_impl._restore_concurrent_bytes > 0
+    named = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data"))
+    tree = {"a": {"b": jax.numpy.ones(3), "c": jax.device_put(jax.numpy.ones(4), named)}}
+    ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)).save(tmp_path / "plain", args=ocp.args.PyTreeSave(tree))
+    written = orbax_keras_ckpt._sharding_file({path: array.sharding for path, array in orbax_keras_ckpt._leaves(tree)})
+    assert json.loads(written) == json.loads((tmp_path / "plain" / "_sharding").read_text())
 
 
 def blocks(path, language):
