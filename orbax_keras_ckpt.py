@@ -438,6 +438,28 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
+def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
+    return tuple([variable.value for variable in members] for members in variables)
+
+
+def _items(
+    variables: Mapping[str, Mapping[str, keras.Variable]],
+    values: Iterable[list[jax.Array]],
+    arrays: Sequence[np.ndarray],
+) -> dict[str, ocp.args.PyTreeSave]:
+    """What Orbax is to save: the state tree with these values, and the arrays of stateful objects if there are any."""
+    # Orbax refuses arrays without elements; the record says all there is to say about them.
+    tree = {
+        group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
+        for (group, members), leaves in zip(variables.items(), values)
+    }
+    items = {"default": tree} | ({"stateful": {f"{i:04}": a for i, a in enumerate(arrays)}} if arrays else {})
+    chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
+    return {
+        name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item)) for name, item in items.items()
+    }
+
+
 def _pair_names(live: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
     """{live: saved} of sibling names: the same, or the same but for the number at the end, in order of the numbers."""
 
@@ -1064,17 +1086,10 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             self._set_aside(step)
         self._check_newer(step)
         variables = _variables(self._model, metrics=values is not None)
-        metrics = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
-        if self._monitor is not None and self._monitor not in metrics and not notes.get("unfinished"):
-            warnings.warn(
-                f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
-                f"the worst. There are: {', '.join(map(repr, metrics)) or 'none'}.",
-                stacklevel=4,
-            )
         record = _Record(
             position=position,
             variables=_specs(variables),
-            metrics=metrics,
+            metrics=self._numbers(metrics, step, is_complete=not notes.get("unfinished")),
             model=self._config(),
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
             writer=_writer(),
@@ -1083,24 +1098,13 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             **notes,
         )
         if values is None:
-            values = [[variable.value for variable in members.values()] for members in variables.values()]
-        # Orbax refuses arrays without elements; the record says all there is to say about them.
-        tree = {
-            group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
-            for (group, members), leaves in zip(variables.items(), values)
-        }
-        items = {"default": tree} | ({"stateful": {f"{i:04}": a for i, a in enumerate(arrays)}} if arrays else {})
-        chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-        arguments = {
-            name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item))
-            for name, item in items.items()
-        }
+            values = _values(members.values() for members in variables.values())
         try:
             self._remove_leftovers()
             started = self.save(
                 step,
-                args=ocp.args.Composite(**arguments),
-                metrics=metrics if self._monitor is not None else None,
+                args=ocp.args.Composite(**_items(variables, values, arrays)),
+                metrics=record.metrics if self._monitor is not None else None,
                 custom_metadata=record.to_metadata(),
                 force=force,
             )
@@ -1111,6 +1115,17 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             raise self._save_error(error) from error
         self._saving = step if started else self._saving
         return started
+
+    def _numbers(self, metrics: Mapping[str, float] | None, step: int, is_complete: bool) -> dict[str, float]:
+        """The metrics that are numbers. Warns if the monitored one is not there."""
+        metrics = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
+        if self._monitor is not None and self._monitor not in metrics and is_complete:
+            warnings.warn(
+                f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
+                f"the worst. There are: {', '.join(map(repr, metrics)) or 'none'}.",
+                stacklevel=5,
+            )
+        return metrics
 
     def _is_unfinished(self, step: int) -> bool:
         """Whether `step` is there, and inside the epoch whose end has this number as well."""
@@ -1433,7 +1448,11 @@ _PROGRESS_SECONDS = 5.0  # between two lines about reading past
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
-def _check_save_freq(save_freq: Any, monitor: Any) -> None:
+def _check_callback_arguments(save_freq: Any, monitor: Any, stateful: Any, verbose: Any) -> None:
+    if verbose not in (0, 1):
+        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
+    if not isinstance(stateful, (list, tuple)):
+        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
     if save_freq == "epoch":
         return
     is_time = isinstance(save_freq, datetime.timedelta)
@@ -1449,10 +1468,6 @@ def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
     """All variables that training changes, as `fit` hands them to the train function."""
     optimizer = model.optimizer.variables
     return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
-
-
-def _values(variables: Iterable[list[keras.Variable]]) -> tuple[list[jax.Array], ...]:
-    return tuple([variable.value for variable in members] for members in variables)
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
@@ -1519,11 +1534,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     ):
         super().__init__()
         _check_backend()
-        _check_save_freq(save_freq, monitor)
-        if verbose not in (0, 1):
-            raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
-        if not isinstance(stateful, (list, tuple)):
-            raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
+        _check_callback_arguments(save_freq, monitor, stateful, verbose)
         if isinstance(model, keras.Model) and not model.compiled:
             raise ValueError(
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
