@@ -988,6 +988,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._monitor = monitor
         self._mode = mode
         self._model_config = None
+        self._read_only = bool(kwargs.get("read_only"))
         self._array_handler = _array_handler(compression)
         self._saving = None  # the step whose save was started last
         self._replacing = (directory / _REPLACED).exists()
@@ -1227,7 +1228,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                     raise
                 damaged[candidate] = error  # no way out, and the model may have lost its arrays
             else:
-                self._put_damaged_aside({each: steps[each] for each in damaged}, damaged, candidate)
+                self._put_damaged_aside([steps[each] for each in damaged], damaged.values(), candidate)
                 return restored
         if damaged:
             raise CheckpointCorruptError(
@@ -1328,19 +1329,21 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         ]
         return arrays, [array for _, array in sorted((read.get("stateful") or {}).items())]
 
-    def _put_damaged_aside(
-        self, paths: Mapping[int, epath.Path], damaged: Mapping[int, CheckpointCorruptError], intact: int
-    ) -> None:
+    def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Their numbers are free then; nothing is deleted."""
-        for path in paths.values():
-            names = (f"{path.name}.damaged{suffix}" for suffix in ("", *(f"-{i}" for i in range(2, 1000))))
-            path.rename(next(self.directory / name for name in names if not (self.directory / name).exists()))
-        if damaged:
+        names = []
+        for path in paths:
+            if path.exists() and not self._read_only:  # retention in another process may have deleted it meanwhile
+                free = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+                free = (f"{path.name}.damaged{suffix}" for suffix in free)
+                names.append(next(name for name in free if not (self.directory / name).exists()))
+                path.rename(self.directory / names[-1])
+        if paths:
             self.reload()
+            aside = f" They are set aside as {', '.join(names)}." if names else ""
+            reasons = _listing([str(error) for error in errors])
             warnings.warn(
-                f"Step {intact} is restored, because newer ones are damaged. They are set aside as "
-                f"<step>.damaged.\n{_listing([str(error) for error in damaged.values()])}",
-                stacklevel=4,
+                f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=4
             )
 
     def wait_until_finished(self) -> None:

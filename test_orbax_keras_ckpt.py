@@ -931,7 +931,10 @@ def test_damage_of_two_steps_and_of_one_more_later(wider, tmp_path):
     manager = KerasOrbaxCheckpointManager(model, directory)
     for step in (1, 2):
         garble(data_file(directory / str(step)))
-    with pytest.warns(UserWarning, match="Step 0 is restored"):
+    with pytest.warns(UserWarning, match="Step 0 is restored, because newer ones are damaged.\n"):
+        KerasOrbaxCheckpointManager(model, directory, read_only=True).restore_state()
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "1", "2"]
+    with pytest.warns(UserWarning, match="Step 0 is restored.*set aside as 2.damaged, 1.damaged."):
         assert manager.restore_state() == 0
     assert manager.save_state(2) and manager.all_steps() == [0, 2]
     manager.wait_until_finished()
