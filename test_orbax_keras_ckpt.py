@@ -1208,7 +1208,7 @@ def test_checkpoints_of_format_1_stay_readable(tmp_path):
     with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(FORMAT_1)))) as archive:
         archive.extractall(tmp_path, filter="data")
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1, name="head")], name="fixture")
-    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.compile(keras.optimizers.SGD(0.1, name="sgd"), "mse")  # "SGD" by default in Keras 3.10
     assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 1
     assert [weight.tolist() for weight in model.get_weights()] == [[[1.5], [-2.25]], [0.125]]
     assert float(model.optimizer.learning_rate) == 0.5
@@ -1698,9 +1698,12 @@ def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     committed = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    executed = nbclient.NotebookClient(
-        nbformat.read(HERE / "guide.ipynb", as_version=4), timeout=300, resources={"metadata": {"path": str(HERE)}}
-    ).execute()
+    notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
+    if "use_compression" not in inspect.signature(ocp.PyTreeCheckpointHandler).parameters:
+        # The section on damage looks for bytes that Orbax before 0.11.26 always compresses.
+        end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Damage"))
+        notebook.cells, committed.cells = notebook.cells[:end], committed.cells[:end]
+    executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
 
     def outputs(notebook):
         texts = ["".join(o.get("text", "") for o in c.outputs) for c in notebook.cells if c.cell_type == "code"]
