@@ -1400,7 +1400,7 @@ def _is_abandoned(path: epath.Path) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # it is somebody else's, and alive
+        return False  # it is somebody else's, and alive
     return False
 
 
