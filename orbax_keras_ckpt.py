@@ -1,4 +1,4 @@
-# orbax_keras_ckpt.py, version 0.1.0
+# orbax_keras_ckpt.py, version 0.2.0
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
 """Fault-tolerant training for Keras 3 on JAX, with Orbax underneath.
@@ -18,7 +18,7 @@ Promised:
 - Saving happens in the background; `fit` returns when everything is committed, or raises.
 - A checkpoint is compared with the model before anything is read. If they differ, one error lists the
   differences and the model stays as it was.
-- Every array has a checksum, so a flipped bit is always found. Then the newest intact checkpoint is taken, with a
+- Every array has checksums, so a flipped bit is always found. Then the newest intact checkpoint is taken, with a
   warning, and the damaged one is set aside.
 - On SIGTERM the state is saved within a batch and the process exits with code 143.
 - Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
@@ -31,7 +31,7 @@ Not promised:
 On disk, for the newest step 2, readable with plain Orbax:
 
     /tmp/ckpt/2/_CHECKPOINT_METADATA      Orbax's, with our record under custom_metadata
-    /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr, and the file of their checksums
+    /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
@@ -41,13 +41,11 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import datetime
 import difflib
 import errno
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -72,6 +70,7 @@ import jax
 import keras
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 __all__ = [
@@ -81,7 +80,7 @@ __all__ = [
     "KerasOrbaxCheckpointManager",
     "OrbaxCheckpointCallback",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -100,7 +99,7 @@ class CheckpointCorruptError(CheckpointError, OSError):
 
 # ---------------------------------------------------------------------------------------------- record
 
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums in the arrays
 _RECORD_KEY = "orbax_keras_ckpt"
 _REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
@@ -194,7 +193,6 @@ class _Record:
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     writer: dict[str, Any] = dataclasses.field(default_factory=dict)
-    processes: int = 1  # each of which has left a file of checksums
     has_arrays: bool = False  # of stateful objects
 
     def to_metadata(self) -> dict[str, Any]:
@@ -217,7 +215,7 @@ class _Record:
             )
         if fields.pop("crc32", None) != _crc32(fields):
             raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
-        del fields["format"]
+        fields = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
             group: [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
@@ -324,25 +322,9 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     return "min" if name == "loss" else None
 
 
-_CHUNK_BYTES = 16 * 2**20  # chunks are written and read in parallel; measured on two cores
-
-
-def _limit_reading(handler: ocp.PyTreeCheckpointHandler, largest: int) -> None:
-    """How many bytes may be read at a time: `largest` and some more, to need little memory beyond the arrays."""
-    handler._handler_impl._restore_concurrent_bytes = largest + 4 * _CHUNK_BYTES
-
-
 def _x64() -> contextlib.AbstractContextManager:
     """JAX with 64-bit numbers, while it lasts."""
     return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # since JAX 0.8
-
-
-def _type_handlers() -> Any:
-    """Orbax's handlers of arrays, but for the file of shardings: it writes that array by array, 0.7 ms each."""
-    arrays = copy.copy(ocp.type_handlers.get_type_handler(jax.Array))
-    arrays._enable_write_sharding_file = False
-    others = [(kind, ocp.type_handlers.get_type_handler(kind)) for kind in (np.ndarray, int, float, str)]
-    return ocp.type_handlers.create_type_handler_registry((jax.Array, arrays), *others)
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -362,9 +344,23 @@ def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
     )
 
 
-async def _created(directory: Any) -> epath.Path:
-    """The directory that a handler of Orbax is given; since 0.11.2x it is being made meanwhile."""
-    return await directory.await_creation() if hasattr(directory, "await_creation") else directory
+def _array_metadata_store() -> Any:
+    """What writes Orbax's files about arrays."""
+    return ocp.type_handlers.get_type_handler(jax.Array)._array_metadata_store
+
+
+async def _created(info: Any) -> epath.Path:
+    """The directory that a handler of Orbax is to write to; since 0.11.2x it is being made meanwhile."""
+    if hasattr(info, "await_path_creation"):
+        await info.await_path_creation()
+    return info.parent_dir
+
+
+def _tree_paths(directory: epath.Path) -> list[str]:
+    """Where there are arrays in a tree of Orbax."""
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
+    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
 # ------------------------------------------------------------------------------------------- variables
@@ -453,11 +449,12 @@ def _items(
         group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
         for (group, members), leaves in zip(variables.items(), values)
     }
-    items = {"default": tree} | ({"stateful": {f"{i:04}": a for i, a in enumerate(arrays)}} if arrays else {})
-    chunks = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES)
-    return {
-        name: ocp.args.PyTreeSave(item, save_args=jax.tree.map(lambda _: chunks, item)) for name, item in items.items()
-    }
+    items = {"default": ocp.args.PyTreeSave(tree)}
+    if arrays:
+        with _x64():
+            copies = jax.device_put(list(arrays), jax.local_devices(backend="cpu")[0])
+        items["stateful"] = ocp.args.PyTreeSave({f"{i:04}": array for i, array in enumerate(copies)})
+    return items
 
 
 def _pair_names(live: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
@@ -532,6 +529,11 @@ class _Source(NamedTuple):
     group: str
     variable: keras.Variable
     saved: _Spec
+
+    @property
+    def name(self) -> str:
+        """That of the array on disk."""
+        return f"{self.group}/{self.saved.path}".replace("/", ".")
 
 
 def _compare(
@@ -740,125 +742,128 @@ class _Counted:
         return item
 
 
-# ------------------------------------------------------------------------------------------- checksums
-# An array's checksum is the sum of its words times their weights, modulo 2**64. The weight of a word is that of its
-# row plus that of its column, so sums over rows and over columns are enough; and the parts of an array add up to the
-# same sum whichever way it is cut. Rows have odd weights and columns even ones: a flipped bit changes a word of 32 bits
-# by a power of two, and the sum by that times an odd number, which is not 0. The weights are random otherwise: any
-# other damage goes unseen with a probability of at most 2**-32.
+# ---------------------------------------------------------------------------------------------- arrays
+# On disk they are as Orbax writes them, with a checksum (CRC-32C) of each chunk. Orbax's own way there takes 0.9 ms of
+# Python for each array, and 1.2 ms back; straight to TensorStore, on which it stands, these are 0.1 ms.
 
-_CHECKSUMS = "orbax_keras_ckpt.checksums"  # one file of each process, beside the arrays
-
-
-@functools.lru_cache(maxsize=64)
-def _weights(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the rows and columns of an array, seen as a matrix of some leading dimensions by the others."""
-    sizes = [(math.prod(shape[:cut]), math.prod(shape[cut:])) for cut in range(len(shape) + 1)]
-    cut = min(range(len(sizes)), key=lambda cut: sum(sizes[cut]))
-    rows, columns = (np.random.PCG64(seed).random_raw(size) for seed, size in enumerate(sizes[cut]))
-    return (rows | np.uint64(1)).reshape(shape[:cut]), (columns & ~np.uint64(1)).reshape(shape[cut:])
+# Measured on two cores. Chunks are read in parallel, files are written in parallel.
+_CHUNK_BYTES = 4 * 2**20
+_FILE_BYTES = 64 * 2**20
+_WRITING_BYTES = 4 * _FILE_BYTES  # encoded and not on disk yet
+_READERS = 4  # arrays at a time
 
 
-def _is_packed(dtype: np.dtype) -> bool:
-    """Whether elements are integers of less than a byte."""
-    return jax.numpy.issubdtype(dtype, np.integer) and jax.numpy.iinfo(dtype).bits < 8
+def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
+    """An array in a directory of Orbax, as TensorStore calls it."""
+    base = f"{directory}/"
+    base = base if "://" in base else {"driver": "file", "path": base}
+    return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
 
 
-def _words(array: np.ndarray) -> np.ndarray:
-    """The bits of an array as unsigned integers of at most 32 bits, in a further dimension."""
-    array = np.ascontiguousarray(array.astype(np.int8) if _is_packed(array.dtype) else array).reshape(*array.shape, 1)
-    return array.view(f"u{min(array.itemsize, 4)}")
+def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
+    """A shard or a part of it, of at most `_CHUNK_BYTES`. Chunks never reach over the edge of a shard into another."""
+    chunk = list(array.sharding.shard_shape(array.shape))
+    is_sharded = [size < whole for size, whole in zip(chunk, array.shape)]
+    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
+        axes = [axis for axis, size in enumerate(chunk) if size > 1 and not (is_sharded[axis] and size % 2)]
+        if not axes:
+            break
+        chunk[axes[0]] = -(-chunk[axes[0]] // 2)
+    return tuple(chunk)
 
 
-def _words_on_device(array: jax.Array) -> jax.Array:
-    """As `_words`, within `jax.jit`."""
-    if array.dtype == bool or _is_packed(array.dtype):
-        array = array.astype(np.int8)
-    if jax.numpy.iscomplexobj(array):
-        array = jax.numpy.stack([array.real, array.imag], axis=-1)
-    return jax.lax.bitcast_convert_type(array, f"uint{8 * min(array.dtype.itemsize, 4)}")
+class _ArrayMetadata(NamedTuple):
+    """What Orbax notes of each array in `array_metadatas`."""
+
+    param_name: str
+    write_shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    ext_metadata: None = None
 
 
-def _sum(words: Any, rows: Any, columns: Any) -> Any:
-    """The checksum, with numpy or JAX."""
-    words = words.reshape(rows.size, columns.size)
-    of_rows, of_columns = words.sum(1, dtype=np.uint64), words.sum(0, dtype=np.uint64)
-    # Arrays, not scalars: of these, numpy reports an overflow.
-    return (of_rows * rows.ravel()).sum(keepdims=True) + (of_columns * columns.ravel()).sum(keepdims=True)
+class _ArrayHandler(ocp.type_handlers.ArrayHandler):
+    """Writes the arrays of a tree."""
+
+    def __init__(self, compression: bool):
+        super().__init__(array_metadata_store=_array_metadata_store())
+        zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compression else []
+        self._codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
+
+    async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
+        """Takes the values; they are written in the background."""
+        parts = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in values]
+        for shard in itertools.chain.from_iterable(parts):
+            shard.data.copy_to_host_async()
+        # On the CPU these are views. JAX leaves memory alone that numpy refers to, although the array is donated.
+        parts = [[(shard.index, np.asarray(shard.data)) for shard in shards] for shards in parts]
+        described = {
+            info.name: (array.dtype.name, array.shape, _chunk_shape(array)) for info, array in zip(infos, values)
+        }
+        shardings = {info.name: array.sharding for info, array in zip(infos, values)}
+        writing = self._write(infos[0], described, shardings, parts)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="arrays")]
+
+    async def _write(self, info: Any, described: dict, shardings: dict, parts: list) -> None:
+        directory, process = await _created(info), jax.process_index()
+        base = directory / f"ocdbt.process_{process}"
+        specs = [self._spec(base, name, *each) for name, each in described.items()]
+        stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
+        writing, free = collections.deque(), _WRITING_BYTES
+        for store, shards in zip(stores, parts):
+            for index, part in shards:
+                while writing and free < part.nbytes:
+                    size, write = writing.popleft()
+                    write.result()
+                    free += size
+                write = store.result()[index].write(part, can_reference_source_data_indefinitely=True)
+                writing.append((part.nbytes, write))
+                free -= part.nbytes
+        for _, write in writing:
+            write.result()
+        notes = [_ArrayMetadata(name, chunk, chunk) for name, (_, _, chunk) in described.items()]
+        await self._array_metadata_store.write(directory, notes, process)
+        if process == 0:
+            (directory / "_sharding").write_text(_sharding_file(shardings))
+
+    def _spec(self, base: epath.Path, name: str, dtype: str, shape: tuple, chunk: tuple) -> dict[str, Any]:
+        config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
+        options = {"target_data_file_size": _FILE_BYTES, "assume_config": True, "config": config}
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        return {
+            "driver": "zarr3",
+            "kvstore": _kvstore(base, name) | options,
+            "dtype": dtype,
+            "metadata": {"shape": shape, "chunk_grid": grid, "codecs": self._codecs},
+            "store_data_equal_to_fill_value": True,  # so that what is missing is damage
+        }
 
 
-_sum_on_device = jax.jit(lambda array, rows, columns: _sum(_words_on_device(array), rows, columns))
+def _tree_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, with our way to write arrays."""
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayHandler(compression)))
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=types)
 
 
-def _start_checksum(array: np.ndarray | jax.Array) -> Callable[[], int]:
-    """Starts to sum up this process's part of an array; the result is called for the sum.
-
-    What happens to the array meanwhile makes no difference, even if it is donated: a device has the order to read it
-    first, and on the CPU JAX leaves memory alone that a numpy view refers to.
-    """
-    rows, columns = _weights((*array.shape, max(1, array.dtype.itemsize // 4)))
-    if isinstance(array, np.ndarray) or len(array.sharding.device_set) == 1:
-        shards = [((), array)]
-    else:
-        shards = [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
-    parts = []
-    for index, data in shards:
-        weights = rows[index[: rows.ndim]], columns[index[rows.ndim :]]
-        if isinstance(data, np.ndarray) or next(iter(data.devices())).platform == "cpu":
-            parts.append(functools.partial(_sum, _words(np.asarray(data)), *weights))
-        else:
-            with _x64():
-                parts.append(functools.partial(np.asarray, _sum_on_device(data, *weights)))
-    return lambda: sum(part().item() for part in parts) % 2**64
+def _open_arrays(directory: epath.Path, names: Iterable[str]) -> list[ts.TensorStore]:
+    """Arrays that Orbax or we have written."""
+    driver = "zarr3" if json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
+    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
+    spec = {"driver": driver, "fill_missing_data_reads": False}
+    specs = [spec | {"kvstore": _kvstore(directory, name)} for name in names]
+    return [store.result() for store in [ts.open(spec, open=True, read=True, context=context) for spec in specs]]
 
 
-def _array_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler for arrays, which then also writes the checksums of what it is given to save."""
-    choice = {"use_compression": compression}  # Orbax has it since 0.11.26; before, it always compresses
-    known = inspect.signature(ocp.PyTreeCheckpointHandler).parameters
-    handler = ocp.PyTreeCheckpointHandler(
-        use_zarr3=True,
-        type_handler_registry=_type_handlers(),
-        **{name: choice[name] for name in choice if name in known},
-    )
-    save = handler.async_save
+def _read_arrays(directory: epath.Path, shardings: Mapping[str, jax.sharding.Sharding]) -> list[jax.Array]:
+    """Arrays by name, straight into their shardings. ValueError where a checksum differs."""
 
-    async def async_save(directory: Any, item: Any = None, save_args: Any = None, args: Any = None) -> list:
-        leaves = dict(_leaves(args.item))
-        started = {path: _start_checksum(array) for path, array in leaves.items()}
-        shardings = {path: array.sharding for path, array in leaves.items() if isinstance(array, jax.Array)}
-        futures = await save(directory, item, save_args, args)
-        writing = _write_beside(directory, started, shardings)
-        return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="checksums"), *futures]
+    def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+        part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
+        return jax.make_array_from_callback(
+            store.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index))
+        )
 
-    handler.async_save = async_save  # not a class of our own: Orbax goes by its name when it reads
-    return handler
-
-
-async def _write_beside(
-    directory: Any, started: dict[str, Callable[[], int]], shardings: Mapping[str, jax.sharding.Sharding]
-) -> None:
-    """What is in files of its own beside the arrays, in the background."""
-    sums = {path: started.pop(path)() for path in list(started)}  # lets go of each array as soon as possible
-    directory = await _created(directory)
-    (directory / f"{_CHECKSUMS}.{jax.process_index()}").write_text(json.dumps(sums))
-    if jax.process_index() == 0 and shardings:
-        (directory / "_sharding").write_text(_sharding_file(shardings))
-
-
-def _read_checksums(directory: epath.Path, processes: int) -> dict[str, int]:
-    total = collections.Counter()
-    for process in range(processes):
-        total.update(json.loads((directory / f"{_CHECKSUMS}.{process}").read_text()))
-    return {path: value % 2**64 for path, value in total.items()}
-
-
-def _differing(tree: Mapping[str, Any], saved: Mapping[str, int]) -> list[str]:
-    """The paths of arrays whose checksums are not those that were saved."""
-    paths, arrays = zip(*_leaves(tree))
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # numpy sums in parallel
-        sums = pool.map(lambda array: _start_checksum(array)(), arrays)
-        return [path for path, value in zip(paths, sums) if saved[path] != value]
+    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(read, _open_arrays(directory, shardings), shardings.values()))
 
 
 # --------------------------------------------------------------------------------------------- manager
@@ -955,7 +960,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             always the newest too. Defaults to None.
         mode: `"min"` or `"max"` of `monitor` is best; `"auto"` asks the model's metrics. Defaults to `"auto"`.
         compression: Whether to compress with zstd: 8 % smaller float weights for about twice the time.
-            Orbax before 0.11.26 always does. Defaults to False.
+            Defaults to False.
         **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
             `preservation_policy`, `max_to_keep` is not used.
@@ -989,12 +994,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._mode = mode
         self._model_config = None
         self._read_only = bool(kwargs.get("read_only"))
-        self._array_handler = _array_handler(compression)
         self._saving = None  # the step whose save was started last
         self._replacing = (directory / _REPLACED).exists()
         super().__init__(
             directory,
-            item_handlers={"default": self._array_handler, "stateful": _array_handler(compression)},
+            item_handlers={"default": _tree_handler(compression), "stateful": _tree_handler(compression)},
             # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
             # them for minutes, even when the process ends.
             options=ocp.CheckpointManagerOptions(
@@ -1094,7 +1098,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             model=self._config(),
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
             writer=_writer(),
-            processes=jax.process_count(),
             has_arrays=bool(arrays),
             **notes,
         )
@@ -1250,9 +1253,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with self._damage_of(step):
             record = _Record.from_metadata(_custom_metadata(path))
-            if record is None and (path / "default" / f"{_CHECKSUMS}.0").exists():
-                raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
-            saved = record.variables if record else _foreign_variables(self.metadata(step).item_metadata["default"])
+            saved = record.variables if record else _foreign_variables(path / "default")
         if check is not None:
             check(record)
             if _GROUPS[3] in saved:
@@ -1263,20 +1264,18 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was changed. "
                 "Build the model as it was saved, use another directory, or restore with strict=False."
             )
-        abstract = [
-            jax.ShapeDtypeStruct(saved.shape, jax.numpy.dtype(saved.dtype), sharding=variable.value.sharding)
-            for _, variable, saved in sources
-        ]
+        shardings = [source.variable.value.sharding for source in sources]
         if donate:
-            for (_, variable, _), leaf in zip(sources, abstract):
-                if leaf.size:
-                    variable.value.delete()
+            for source in sources:
+                if source.variable.value.size:
+                    source.variable.value.delete()
         with self._damage_of(step):
-            arrays, others = self._read(path, step, record, sources, abstract, stateful=check is not None)
+            arrays, others = self._read(path, record, sources, shardings, stateful=check is not None)
         if differences:
             warnings.warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
-        for (_, variable, _), array in zip(sources, arrays):
-            variable.assign(array)
+        for source in sources:
+            if source.name in arrays:
+                source.variable.assign(arrays[source.name])
         return _Restored(step, record, others)
 
     @contextlib.contextmanager
@@ -1298,36 +1297,22 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     def _read(
         self,
         path: epath.Path,
-        step: int,
         record: _Record | None,
         sources: Sequence[_Source],
-        abstract: Sequence[jax.ShapeDtypeStruct],
+        shardings: Sequence[jax.sharding.Sharding],
         stateful: bool,
-    ) -> tuple[list[jax.Array], list[np.ndarray]]:
-        """The arrays of `sources` and of stateful objects; their checksums are those that they were saved with."""
-        wanted = _nest(
-            (f"{source.group}/{source.saved.path}", leaf) for source, leaf in zip(sources, abstract) if leaf.size
-        )
-        items = {}
-        if wanted:
-            _limit_reading(self._array_handler, 2 * max(leaf.size * leaf.dtype.itemsize for leaf in abstract))
-            restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-            items["default"] = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        if stateful and record is not None and record.has_arrays:
-            items["stateful"] = ocp.args.PyTreeRestore()
-        read = self.restore(step, args=ocp.args.Composite(**items), directory=path.parent) if items else {}
-        for name in items if record is not None else ():
-            # Orbax does without when told what to expect, but could not read the checkpoint otherwise.
-            json.loads((path / name / "_METADATA").read_text())
-            if differing := _differing(read[name], _read_checksums(path / name, record.processes)):
-                others = f", nor have {len(differing) - 1} others" if differing[1:] else ""
-                raise ValueError(f"{differing[0]!r} does not have the checksum that it was saved with{others}")
-        leaves = dict(_leaves(read.get("default", {})))
-        arrays = [
-            leaves[f"{source.group}/{source.saved.path}"] if leaf.size else source.variable.value
-            for source, leaf in zip(sources, abstract)
-        ]
-        return arrays, [array for _, array in sorted((read.get("stateful") or {}).items())]
+    ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
+        """The arrays of `sources` by name, and those of stateful objects."""
+        wanted = {source.name: kind for source, kind in zip(sources, shardings) if math.prod(source.saved.shape)}
+        arrays = dict(zip(wanted, _read_arrays(path / "default", wanted)))
+        for source in sources:
+            array = arrays.get(source.name)
+            if array is not None and (array.shape, array.dtype.name) != source.saved[1:]:
+                raise ValueError(f"{source.name!r} is {array.dtype.name}{array.shape}, which is not what was saved")
+        if not (stateful and record is not None and record.has_arrays):
+            return arrays, []
+        names = sorted(_tree_paths(path / "stateful"))
+        return arrays, [store.read().result() for store in _open_arrays(path / "stateful", names)]
 
     def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Their numbers are free then; nothing is deleted."""
@@ -1419,16 +1404,17 @@ def _is_about_the_store(error: BaseException | None) -> bool:
     )
 
 
-def _foreign_variables(metadata: Any) -> dict[str, list[_Spec]]:
-    """What Orbax itself notes about the arrays, for a checkpoint without a record (the guide's own version)."""
-
-    return {
-        group: [
-            _Spec(path, tuple(value.shape), str(np.dtype(value.dtype)))
-            for path, value in _leaves(metadata.tree.get(group, {}))
-        ]
-        for group in _GROUPS[:3]
-    }
+def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
+    """What there is in a checkpoint without a record, such as those of the guide's own version."""
+    paths = _tree_paths(directory)
+    variables = {group: [] for group in _GROUPS[:3]}
+    for path, store in zip(paths, _open_arrays(directory, (path.replace("/", ".") for path in paths))):
+        if {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
+            raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
+        group, _, rest = path.partition("/")
+        if group in variables:
+            variables[group].append(_Spec(rest, store.shape, store.dtype.name))
+    return variables
 
 
 # -------------------------------------------------------------------------------------------- callback

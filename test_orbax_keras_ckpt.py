@@ -7,7 +7,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 import base64
 import datetime
 import importlib.util
-import inspect
 import io
 import json
 import lzma
@@ -32,6 +31,7 @@ import keras
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from keras import layers
 
 import orbax_keras_ckpt
@@ -307,7 +307,7 @@ def test_record_holds_position_variables_history_and_config(trained):
     model, directory = trained
     metadata = json.loads((directory / "2" / "_CHECKPOINT_METADATA").read_text())
     record = metadata["custom_metadata"]["orbax_keras_ckpt"]
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["position"]["epoch"] == 3
     assert record["variables"]["trainable_variables"] == [
         [variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables
@@ -320,8 +320,6 @@ def test_record_holds_position_variables_history_and_config(trained):
 
 @pytest.mark.parametrize("compression", [False, True])
 def test_compression_is_off_unless_asked_for(compression, tmp_path):
-    if not compression and "use_compression" not in inspect.signature(ocp.PyTreeCheckpointHandler).parameters:
-        pytest.skip("Orbax before 0.11.26 always compresses")
     model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="ones")]))
     options = {"compression": True} if compression else {}
     manager = KerasOrbaxCheckpointManager(model, tmp_path, **options)
@@ -385,7 +383,7 @@ def test_orbax_options_get_through(tmp_path):
     fit(model, 4, checkpoint)
     assert checkpoint.checkpoint_manager.all_steps() == [0, 2, 3]
     saved = values(model)
-    assert {"_sharding", "orbax_keras_ckpt.checksums.0"} < {path.name for path in (tmp_path / "3/default").iterdir()}
+    assert "_sharding" in {path.name for path in (tmp_path / "3/default").iterdir()}
     assert checkpoint.checkpoint_manager.restore_state() == 3
     assert_equal(values(model), saved)
     every_third = KerasOrbaxCheckpointManager(model, tmp_path / "third", save_interval_steps=3)
@@ -809,37 +807,31 @@ def test_no_flipped_bit_restores_wrong(dtype, compression, tmp_path):
     assert manager.restore_state() == 0
 
 
-def test_any_flipped_bit_of_any_dtype_changes_the_checksum():
-    draw = np.random.default_rng(3)
-    for dtype in ["bool", "int4", "int8", "uint8", "bfloat16", "float16", "int32", "float32", "complex64", "float64"]:
-        for shape in [(), (1,), (7,), (5, 3), (2, 3, 4, 5)]:
+@pytest.mark.parametrize("compression", [False, True])
+def test_arrays_of_every_dtype_are_read_back_or_found_damaged(compression, tmp_path):
+    draw, arrays = np.random.default_rng(3), {}
+    for dtype in ["bool", "int4", "int8", "uint8", "bfloat16", "float16", "int32", "float32", "complex64"]:
+        for shape in [(), (1,), (7,), (5, 3), (30, 4, 5, 6)]:
             array = np.asarray(draw.normal(size=shape) * 7).astype(jax.numpy.dtype(dtype))
-            checksum = orbax_keras_ckpt._start_checksum(array)()
-            words = orbax_keras_ckpt._words(array).copy()
-            weights = orbax_keras_ckpt._weights(words.shape if words.shape[-1] > 1 else (*array.shape, 1))
-            for place in range(words.size):
-                for bit in range(8 * words.itemsize):
-                    words.reshape(-1)[place] ^= words.dtype.type(1 << bit)
-                    assert orbax_keras_ckpt._sum(words, *weights).item() != checksum
-                    words.reshape(-1)[place] ^= words.dtype.type(1 << bit)
-
-
-def test_checksum_is_the_same_on_a_device_and_depends_on_places():
-    draw = np.random.default_rng(4)
-    for dtype in ["bool", "int4", "int8", "bfloat16", "float32", "complex64", "float64", "int64", "complex128"]:
-        for shape in [(), (7,), (5, 3), (2, 3, 4, 5)]:
-            array = np.asarray(draw.normal(size=shape) * 7).astype(jax.numpy.dtype(dtype))
-            weights = orbax_keras_ckpt._weights((*shape, max(1, array.dtype.itemsize // 4)))
-            with orbax_keras_ckpt._x64():
-                on_device = orbax_keras_ckpt._sum_on_device(jax.numpy.asarray(array), *weights).item()
-            assert on_device == orbax_keras_ckpt._start_checksum(array)()
-    array = draw.normal(size=(40, 30)).astype("float32")
-    checksum = orbax_keras_ckpt._start_checksum(array)()
-    others = [array[::-1], array[:, ::-1], np.roll(array, 1), -array, array.T.reshape(array.shape)]
-    for row, column in [(3, 5), (3, 6), (4, 5)]:  # two signs at once
-        others.append(array.copy())
-        others[-1][[2, row], [5, column]] *= -1
-    assert len({checksum, *(orbax_keras_ckpt._start_checksum(np.ascontiguousarray(each))() for each in others)}) == 9
+            arrays[f"{dtype}{len(shape)}{sum(shape)}"] = jax.numpy.asarray(array)
+    handler = orbax_keras_ckpt._tree_handler(compression)
+    directory = epath.Path(tmp_path / "all")
+    ocp.Checkpointer(handler).save(directory, args=ocp.args.PyTreeSave(arrays))
+    assert_equal(list(ocp.PyTreeCheckpointer().restore(directory).values()), [arrays[name] for name in sorted(arrays)])
+    wanted = {name: array.sharding for name, array in arrays.items()}
+    assert_equal(orbax_keras_ckpt._read_arrays(directory, wanted), list(arrays.values()))
+    files = [path for path in tmp_path.rglob("d/*") if path.is_file()]
+    found = 0
+    for _ in range(60):
+        path = files[draw.integers(len(files))]
+        bit = draw.integers(8 * path.stat().st_size)
+        flip(path, bit)
+        try:
+            assert_equal(orbax_keras_ckpt._read_arrays(directory, wanted), list(arrays.values()))
+        except ValueError:
+            found += 1
+        flip(path, bit)
+    assert found > 10
 
 
 def remove(path):
@@ -877,7 +869,7 @@ DAMAGES = {
     **{
         f"{name} {how.__name__}": lambda step, name=name, how=how: how(step / name)
         for how in (remove, empty, truncate, garble)
-        for name in ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt", "default/orbax_keras_ckpt.checksums.0")
+        for name in ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt")
     },
     **{f"data {how.__name__}": lambda step, how=how: how(data_file(step)) for how in (remove, empty, truncate, garble)},
     "default removed": lambda step: remove(step / "default"),
@@ -1146,10 +1138,10 @@ def test_step_that_is_not_there_is_refused_and_those_that_are_are_listed(trained
 def test_newer_format_is_refused_in_words(trained, tmp_path):
     directory = copy_of(trained, tmp_path)
     path = directory / "2" / "_CHECKPOINT_METADATA"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 99'))
     model = dense_model()
     before = values(model)
-    with pytest.raises(CheckpointError, match="has format 99; this copy.*reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 99; this copy.*reads format 2"):
         KerasOrbaxCheckpointManager(model, directory).restore_state()
     assert_equal(values(model), before)
 
@@ -1651,7 +1643,7 @@ def test_keras_still_has_what_the_seams_touch():
 
 def test_orbax_still_has_what_the_seams_touch(tmp_path):
     assert ocp.type_handlers.get_type_handler(jax.Array)._enable_write_sharding_file is True  # ours is a copy without
-    assert orbax_keras_ckpt._array_handler(False)._handler_impl._restore_concurrent_bytes > 0
+    assert orbax_keras_ckpt._array_metadata_store() is not None
     named = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",)), jax.sharding.PartitionSpec("data"))
     tree = {"a": {"b": jax.numpy.ones(3), "c": jax.device_put(jax.numpy.ones(4), named)}}
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)).save(tmp_path / "plain", args=ocp.args.PyTreeSave(tree))
@@ -1699,10 +1691,6 @@ def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
     nbclient = pytest.importorskip("nbclient")
     committed = nbformat.read(HERE / "guide.ipynb", as_version=4)
     notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    if "use_compression" not in inspect.signature(ocp.PyTreeCheckpointHandler).parameters:
-        # The section on damage looks for bytes that Orbax before 0.11.26 always compresses.
-        end = next(i for i, cell in enumerate(notebook.cells) if cell.source.startswith("## Damage"))
-        notebook.cells, committed.cells = notebook.cells[:end], committed.cells[:end]
     executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
 
     def outputs(notebook):
