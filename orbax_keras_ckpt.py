@@ -1048,12 +1048,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if self._monitor is not None:
             self._resolved_mode()
 
-    def _position(self, restored: _Restored | None) -> _Position:
-        """Where a run continues."""
-        if restored is None:
-            return _Position(0, batches=0)
-        return restored.record.position if restored.record else _Position(restored.step // self._steps_per_epoch + 1)
-
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save the model: epoch `epoch` (counted from 0) is complete.
 
@@ -1089,7 +1083,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             self.wait_until_finished()
         if self._is_unfinished(step):
             self._set_aside(step)
-        self._check_newer(step)
+        if (newest := self.latest_step()) is not None and step <= newest:
+            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+        self._check_newer(step, self.latest_step())
         variables = _variables(self._model, metrics=values is not None)
         record = _Record(
             position=position,
@@ -1150,10 +1146,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._replacing = True
         self.reload()
 
-    def _check_newer(self, step: int) -> None:
-        if (newest := self.latest_step()) is not None and step <= newest:
-            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-        if (newest := self.latest_step()) is not None and step <= newest:
+    def _check_newer(self, step: int, newest: int | None) -> None:
+        if newest is not None and step <= newest:
             raise ValueError(
                 f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
                 "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
@@ -1203,7 +1197,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         weights_only: bool = False,
         strict: bool = True,
         donate: bool = False,
-        check: Callable[[_Record | None], None] | None = None,
+        check: Callable[[int, _Record | None], None] | None = None,
     ) -> "_Restored | None":
         """The newest step that is intact, or that step. None where the directory is empty.
 
@@ -1248,14 +1242,14 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         variables: dict[str, dict[str, keras.Variable]],
         strict: bool,
         donate: bool,
-        check: Callable[[_Record | None], None] | None,
+        check: Callable[[int, _Record | None], None] | None,
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with self._damage_of(step):
             record = _Record.from_metadata(_custom_metadata(path))
             saved = record.variables if record else _foreign_variables(path / "default")
         if check is not None:
-            check(record)
+            check(step, record)
             if _GROUPS[3] in saved:
                 variables = _variables(self._model, metrics=True)
         sources, differences = _compare(variables, saved, strict)
@@ -1547,31 +1541,22 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     # Hooks, in the order in which fit calls them.
 
     def on_train_begin(self, logs: Any = None) -> None:
-        model, manager, epochs = self._fitted_model, self.checkpoint_manager, self.params["epochs"]
+        model, manager = self._fitted_model, self.checkpoint_manager
         if self._model is not model:
             raise ValueError(
                 f"This callback was made for the model {model.name!r}, but the model being fitted is "
                 f"{self._model.name!r}. Make the callback with the model that you fit."
             )
         manager._start_run()
-        self._resume = restored = manager._restore(None, donate=True, check=self._check_record)
-        self._record = restored.record if restored else None
-        self._start = start = manager._position(restored)
+        self._first_epoch, self._start = 0, _Position(0, batches=0)
+        self._resume = restored = manager._restore(None, donate=True, check=self._plan)
+        self._record, start = restored.record if restored else None, self._start
         # Another callback may change variables before or while batches are read past.
         self._values = _values(_train_state(model))
-        stopped = self._record is not None and epochs <= (self._record.stopped or 0)
-        self._first_epoch = max(start.epoch, epochs) if stopped else start.epoch
-        if start.batches is None and self._continuous and not self._has_data:
-            raise CheckpointError(
-                f"Step {restored.step} was not saved by this callback, so it is not known how much of the stream "
-                "(continuous_data=True) has been read. Nothing was changed on disk. Use another directory."
-            )
-        self._batches = start.epoch * manager._steps_per_epoch if start.batches is None else start.batches
+        self._batches = self._batches_at(start)
         self._saved, self._on_disk = self._batches, None if restored is None else self._batches
         if restored is not None:
             self._say_loaded(restored.step, start)
-        if self._first_epoch < epochs and not (self._record and self._record.unfinished):
-            manager._check_newer(self._step(self._first_epoch, self._batches + 1))
         hooks = {"on_train_begin": self._begin, "on_epoch_begin": self._begin_epoch, "on_epoch_end": self._end_epoch}
         self._is_last = _call_last(model, self.params, **hooks)
         if not self._is_last:
@@ -1802,6 +1787,12 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _step(self, epoch: int, batches: int) -> int:
         return epoch * self.checkpoint_manager._steps_per_epoch if self._save_freq == "epoch" else batches
 
+    def _batches_at(self, position: _Position) -> int:
+        """How many train batches the run has completed; where that was not noted, `steps_per_epoch` says it."""
+        if position.batches is None:
+            return position.epoch * self.checkpoint_manager._steps_per_epoch
+        return position.batches
+
     def _is_due(self) -> bool:
         if isinstance(self._save_freq, int):
             return self._batches // self._save_freq > self._saved // self._save_freq
@@ -1874,7 +1865,22 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             earlier(number, None)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    def _check_record(self, record: _Record | None) -> None:
+    def _plan(self, step: int, record: _Record | None) -> None:
+        """Where the run continues after `step`. Raises if it cannot."""
+        manager, epochs = self.checkpoint_manager, self.params["epochs"]
+        self._check_stateful(record)
+        start = record.position if record else _Position(step // manager._steps_per_epoch + 1)
+        if start.batches is None and self._continuous and not self._has_data:
+            raise CheckpointError(
+                f"Step {step} was not saved by this callback, so it is not known how much of the stream "
+                "(continuous_data=True) has been read. Nothing was changed. Use another directory."
+            )
+        is_stopped = record is not None and epochs <= (record.stopped or 0)
+        self._start, self._first_epoch = start, max(start.epoch, epochs) if is_stopped else start.epoch
+        if self._first_epoch < epochs and not (record and record.unfinished):
+            manager._check_newer(self._step(start.epoch, self._batches_at(start) + 1), step)
+
+    def _check_stateful(self, record: _Record | None) -> None:
         saved = None if record is None or record.stateful is None else [each["name"] for each in record.stateful]
         given = [member.name for member in self._stateful]
         if saved is None and given:
