@@ -1183,9 +1183,55 @@ FORMAT_1 = (
     "zGsmgQY563Ycrox2vov06sBx5Rioz6IAAAAP2tB3DTQadEAAHzHYCgAQBDNhnlscRn+wIAAAAABFla"
 )
 
+# The same by version 0.2.0 in format 2.
+FORMAT_2 = (
+    "/Td6WFoAAATm1rRGAgAhARwAAAAQz1jM4Hf/Df1dABiLvBx9AVqlyGxwOcrrKF6B7Fk7dbh46qn+edeBFbmtO3r1Hg8iWt5nmfAhQGE0LU55C9cO2TvTjL8b"
+    "WBR9SC6dzVC73mvoqlmdDnY5Vu3/UZhtd26LK2t/KJszdTpaAM1G8pkc9u1ittLQnNGT8yhWJcMYzzDOMtNQvwV7oQ3qrVvlCzV1vaEtyE1IXVDH8fI9AGEn"
+    "VbdoRuY3rHanI1iQyH683N8WPLFwX5+KoFQQkGhpBu6QdNOtv2nNA8Jjmn/wo0VX9CIMbDvJ3fFs3Q8LZxLhyARh4IbuTF+PUpFx3SO69e67cM0+8ERpL686"
+    "QobbLXANR476hNgEPifBJaOqazUwtT5mK9qar+K85oh4P4WORa6c5v9XIid+snCOQwScabmCT85M+0FRD6Wfh6MlA5k43YrTRxodRVg+skZj4rMC3iYr4xqT"
+    "B0bI5qdCxszOQInlN/7rAjz+8TKG3jEkbtwd4Cmlrkgu08IVeIGM3YU5tcVk6jM7oyUIy6jKeneh7+MTcD8CNWOaNa3Rb/71t5Zgp/MflKTyMzLjdOeVHjF0"
+    "v9W3UldKKZZTxOaUNDyqeyI3fQRoQOdQ6QVltMlMx89a6YUMpbegbrYlvI3xoYGbGry3g8MO3Ko06L5jlr2dwp1PpGMjyxiiUQBE3bmJcG2D9y21BEkSnh2g"
+    "yQgg2au/pymmYnU4SnfglhEsOn4F/1zidFYt4qySctzc2Gik23lRHhCtPte6ieP1R0cEXYMyS5WAeBRZU3PDTRxTFMNw6M+4tFROR7MI5eU5Ata8ejKtIDyX"
+    "w/YvEaJrsdh/yggCNrZ1OHn8mAxla3aJ2ydk1eQZbZwE3+/iKdnYmwHzJTX8dyxmlc+Ji83uigIGj2maykSvvBW1K2B9mRJ71z+s2YAGHLzwtrNYxrml/te/"
+    "PAJFfx0z1KUZpADm4mAxB7tcA6xaeOIDyZ5NMonfM8rb+m1bHUJ+j5KN90nKymPz8ZKsIIWIRBeWMqadOjgjnk65GrRfYgN6TlbTXD9/d/T7iurbbtmT+SmT"
+    "ySqvyWnWkB/RKfngMqmqwj0TcT1qr7JGeVD1IRWaNpRc1TBqnv1R4Oab/XdPMr843zDuGh2567f5F0lo2YojVXETImOTy+FUFZaXQETCQy9u9C1LoohpHsh+"
+    "7Pa0WySrUeji3mxc/vFdEtTt3G6qhoU49J1Ybz49e/Z3bNqSM4ViasnbwU6UgIUJ/oY6uZTHcy5/OkgpBSxR7zWJFJVOf266/XCkbNFTS79HlPatYSDXNbr4"
+    "X7MnT1zk+u0NEbHJtSSdFpbmiUOLrSxmnS8ZAPkzB/8PyDWZ2vKzKT3WGdEJH9uOhtjPdNlIpYmwy6FP3pJaH28tz1ovlgtq/SX4f31pOag+Bz0GJ4Tr8TAa"
+    "Fo7MVnTTxhTUMPcQeR18ojYq3Q+0eytD4e9PWKV+vPd9x2Znn6SVYXINNjV+QTJrNIcX0ANA+pVHPM4+RpwvhF119hU5EFD7TOTAOWBbR5Szd7CwZsp5gwyk"
+    "wZInwEBCkTWY0amWRaOmppUfDrcljEgZ5ze+zkM+r8Kn7zEBvoSoTt4NRJwVUyxw73tm0oDc/HdVF6lY7ue3YuL5EN4mg0axiiqMUEx8Z9Aai/NFEZyB+rJP"
+    "rTJgRjC96M3HiZ7QuSFKLJkwMArZg3arNKpITHXlIxbJI4QngIfoNj3x4D2KyqvytqG5w5pi4hyPYC18Z/tHhg/ssD7OWQJLMI8LBct8PdT1QfxErAFtbGqu"
+    "Ax711iPUWC1Cx0Lb/vAQuhDu8g+5euMnyKOoRw+e829ilCMxxWWNpLRrx5QRdESCI02d5m0yDJJtzMI4/X00pE53cQ7UMxRo5nb/kifZnQN1LRB5CBC5rHbV"
+    "ZDqsoHBPKX8sKzJCxvXLiriHXVsqr8qKgZ58mbBnPzN/m7Thh7wbn8amsoaotM8G3oXNfUgXQa/s8K2YvmobZAdg8FSizG0bKKQ1RsRLUaw1QFqbQrgtqpru"
+    "jbfxlt6YmNkHu1aWR2pJGDDVmpZteAAZWlgbAQaEDcXkzTI+EpxbdEPLpmxELkoyEjH9IU9+prsX8l8djJ5/kWjBzqjYR86HwO1/rDOO+L7xHSMCZO3X/wnC"
+    "/v8xmLYMaPk0OlvlrEn82xnr3NyNFjC6Q3Qcx7jAfeYxorpOwbyjhDvNZBzBin8AZtk314nuXkhYTUpR3y7QBPXavXz+XLcxOoi7AITAmQ78nwsO7IQL9eYp"
+    "4LduEqNFY4JGsU+JPobTbiLM5Q2lAi/xsLywQAvr7JXz/vrAKpX6mhKESOMqDf9rI0dWPKFOll3k8TnzuA8lKsRulayLjEuT4xK1aTguKnhv0ip8jKz6Z7UZ"
+    "OCBHLiHecMyKkCdsSPxUSaCHF6NKXySgkoqO7dJEIfOaObQilwprfOz5g5whaXF6gV3E3sZ+FlsQHoshSw0HfZgoKsgQviyFnO5+6tayPqLkIOAUYLE4Ww07"
+    "OGPYM6FptFYUXVMpqOgsAfPUzYVGlY0Or1liHRb4R+ZY8euAA7PbO4VVNCusXyucjWWM27pbwmFkN3BO9XT15byvQYe6b6pI4PV7En6BZ+0VmtDEhWLDcRVC"
+    "OYu9pnZGS/cA8eMEQPTwGn5M4jkLV+2PsGAVwlkpVAS/uetvEd/f7lZPeaKZsHz8QCDZt1Swrz4LlnfNlI9Zp9mBhQ4okRvlytzeAnYQjeIYcA3dDEnFFo3S"
+    "8ubmYpKgqoj3zEZJsLxLVzZkrXTOo5ih57bfiwguD+5mpoRZVdskWZCc4YdRJUPDRIsBdTILi3JoTWX/xQsR/l3nt/WSrfCRK/CIOLDIuTZeS/BtJSjJEq6q"
+    "Q+MvOsI+4vxyenAR4nxDoZo/0SY5WG21bH2suiRcxnwD4zx15J8GPUu4WFyZ92gAErgXrF1z/d3jqONr5cos6GdiVO0WlfzNQ3JfUDuJ2NymL5o0h0LsUN3m"
+    "zliG1V7wNYOM/ERbwRu9Ye3t348EkgCkYVMCUaNjvME9uBUnRs/cDXuEmjLA10I0zlKja6azIcgxbsUhJhf8XETYMCes/TtxgBTIdLT0ScHTJdbeP2QI6Atw"
+    "Eg4qA0QI0eZId5F2i05FNJUpTbXGnC0P9yaIt2zG3G7JBDuhT3QxzJtfLC1UUYWaLFfqkkkHlmHU0iPazsiltAsMlOhWi77LpAykjyREqwy7x2WB+flZgV6K"
+    "CtROjjF20hp1dQH9av97dVzb/8to9Mh1V3VOdwwZ7mkE5kOMOr3J0hwQEhB4zuexoT6mtB12hvFjZljDmvr6OcNK1Kex4D4Wm7vkbEkbwwgQV5kgQ8cdIJfz"
+    "6KxGglxKS0HVqXuJAq9awD9pcWu8EO0jm+meSQxRhz4uiu1D5EJn8S0TjPj4X57yuKP9Uppu7eGn7aUoZZ435JlceHUWKzY9sQO0Ys4803bKyVhM89ZTa535"
+    "AxzGVOAPswg/SmMEm0HKQLPEmJ/tkQu4iRU1F6Gjq1ttY+maEXRHApXElx2iBLjBQpU0Bqg2Zpqz67Ltx4pfPJI5DecQhkmIPRByyofkCVbYSmMO274RMgBR"
+    "Cht/Km80JuCCZ6T7SWGDEazyH5MckUNkB9eNpir83jNLHx/8rLrAXtTRtw2GI46heFqYLw7HgNqH7+KywjxAuiaCq3pjXbM+BD5oTt+Y2SctRWd9AaXWexfx"
+    "4xb1SgCzDFNKrCYWA91ZlU5xVgdOULLxniuTKqh48m2yfylNni/x4S2Ku+rDFtL4CLLRegZG4JxsgTpA54TUZWswXyT2/SDWKIHjEeM5NmJTIbBxBZp/Dx/j"
+    "xObIAfLnd2xx2OxhEJzv9h7kWSn6iJ2ymvl/hlO64leOKihDdADbXyOP/FjHl3px3smOcm128zfTOrF7gWF6IZPD5TblPHEh8+k5BzKum6xJW6QevzvH6uex"
+    "HBL7U46R3fCUkg0+/IFbVd5QCHH3h5ItByGTLckalyWoN4lJKqN0uOSGaS/2NJEjuPR/Kk9YCv2EcpwoMHvblprS0gNXz4qOL4hSZUwq2sTNg4lnD6Mf0gM+"
+    "QpwzGlrLJiBi1M7rk6k1x9pyU0nZRQI5mmb4HeVq3uuX6rTnJ7a2qNCwKTeT0Id6yCzRgufvGeuqvk2ViLRJ6zN7JNxtrFhJfiCyV2W20X2Pn+jH+v0E1YxE"
+    "jq2ycKDLkqajMLqVEP0xDI/PVVYbtTSYDmFcjeobH5+jkbOGAV5lejwS8HJdJ+LAZa//cQgKxWv+jVfQuRTWYGnYku7lKeNnnplPoeKCDdKlFiKDMDk86cLz"
+    "ALk2nhkEimfeZyg1hYnrlhRDqGQ3sDJWikB2WHZMNZZUhib2q/M6S+zlZd/FUr6A5GN5x/OzAcEQdv+iTLMkSx50RTUfmoezZIYAbpWf8Mvi2UuSX8O00Asd"
+    "YdhLeCcJsC2vQCu4hrpSpMT0VV81t1lowi9NFPXkvKocPfFVXGAf4ugAupKTbHFHvT2SYZX2sz22LDgsyakLGg0Pv7cutBzqI/2Trma07yK45cvS/Avxsk5R"
+    "u2iAGke4vyMHxNW5NCYkpYexKRWRsOvxk5030De/qy7VgS9UBGtNRKLGWJyiSGOSW4Wr66WvjKsnaC6Ol3XcR3SNKgX96YPCPjbgOsAoe4D988JxqxK6F9+U"
+    "fbkbNZW80ch4Hvmgn/JdpiJy2RD01SN1Cbm47/p2CRY3LAcWq1qmlF0ePF+FYP0ix0fMVGkYjcOZm2TM+LE++xwedQQExEzQeJrg7MAyaA8dbIdVcXW1/ytl"
+    "OqKWocMdcsZiH8AAAAAAACcOWByaULTqAAGZHIDwAQB/HaodscRn+wIAAAAABFla"
+)
 
-def test_checkpoints_of_format_1_stay_readable(tmp_path):
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(FORMAT_1)))) as archive:
+
+@pytest.mark.parametrize("fixture", [FORMAT_1, FORMAT_2], ids=["1", "2"])
+def test_checkpoints_of_each_format_stay_readable(fixture, tmp_path):
+    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(fixture)))) as archive:
         archive.extractall(tmp_path, filter="data")
     model = keras.Sequential([keras.Input((2,)), layers.Dense(1, name="head")], name="fixture")
     model.compile(keras.optimizers.SGD(0.1, name="sgd"), "mse")  # "SGD" by default in Keras 3.10
