@@ -321,7 +321,7 @@ def _temporary_folders(directory: epath.Path) -> list[epath.Path]:
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:
-    """Renames a committed step. Killed on the way in a bucket, the step is whole at one of the two places or at both."""
+    """Renames a committed step. Killed on the way in a bucket, it is whole at one of the places or at both."""
     if _is_bucket(path) and hasattr(path._backend, "fs"):  # where a rename copies and deletes, file by file
         path._backend.fs(path).copy(str(path), str(target), recursive=True)
         (path / _COMMITTED).unlink()
