@@ -1462,7 +1462,8 @@ def _is_about_the_store(error: BaseException | None) -> bool:
         or (isinstance(error, OSError) and error.errno in numbers)
         or type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
         # Of TensorStore and XLA there are only the codes in the text; of gcsfs a word.
-        or re.search("^Forbidden: |PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
+        or str(error).startswith("Forbidden: ")
+        or re.search("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
         is not None
         or _is_about_the_store(error.__cause__ or error.__context__)
     )
