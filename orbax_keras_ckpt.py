@@ -101,6 +101,7 @@ class CheckpointCorruptError(CheckpointError, OSError):
 
 _FORMAT = 2  # 1 had no checksums in the arrays
 _RECORD_KEY = "orbax_keras_ckpt"
+_COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
 _REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
@@ -288,9 +289,45 @@ def _steps_in(manager: ocp.CheckpointManager, directory: epath.Path) -> dict[int
     return {each.step: each.path for each in found}
 
 
+def _is_bucket(directory: epath.PathLike) -> bool:
+    return str(directory).startswith("gs://")
+
+
+def _uncached(bucket: epath.Path) -> epath.Path:
+    """A path in a bucket without gcsfs's memory of listings: TensorStore and other processes write there as well."""
+    if hasattr(bucket._backend, "fs"):  # TensorFlow, where it is installed, reaches buckets without gcsfs
+        files = bucket._backend.fs(bucket)
+        files.dircache.use_listings_cache = False
+        files.invalidate_cache()
+    return bucket
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """What is in a directory. A bucket has no empty ones."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        if not _is_bucket(directory):
+            raise
+        return []
+
+
 def _temporary_folders(directory: epath.Path) -> list[epath.Path]:
-    """Where Orbax writes what is not committed yet."""
+    """Where Orbax writes what is not committed yet. In a bucket it does not rename: it adds a file in the end."""
+    if _is_bucket(directory):
+        folders = [path for path in _entries(directory) if (path / "_CHECKPOINT_METADATA").exists()]
+        return [path for path in folders if not (path / _COMMITTED).exists()]
     return [path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name]
+
+
+def _move(path: epath.Path, target: epath.Path) -> None:
+    """Renames a committed step. Killed on the way in a bucket, it is whole at one of the places or at both."""
+    if _is_bucket(path) and hasattr(path._backend, "fs"):  # where a rename copies and deletes, file by file
+        path._backend.fs(path).copy(str(path), str(target), recursive=True)
+        (path / _COMMITTED).unlink()
+        path.rmtree()
+    else:
+        path.rename(target)
 
 
 def _custom_metadata(path: epath.Path) -> dict[str, Any]:
@@ -755,8 +792,9 @@ _READERS = 4  # arrays at a time
 
 def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     """An array in a directory of Orbax, as TensorStore calls it."""
-    base = f"{directory}/"
-    base = base if "://" in base else {"driver": "file", "path": base}
+    base = {"driver": "file", "path": f"{directory}/"}
+    if _is_bucket(directory):  # as a URL it would be unquoted
+        base = dict(zip(("driver", "bucket", "path"), ("gcs", *base["path"].removeprefix("gs://").split("/", 1))))
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
 
 
@@ -902,6 +940,30 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
 
+def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
+    """The same of a path in a bucket, by both ways that lead there: gcsfs for Orbax and TensorStore for arrays."""
+    if not re.match("gs://[^/]+/[^/]", path):
+        raise ValueError(
+            f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, because Orbax writes to no other. "
+            "Mount another store as a directory (s3:// by Mountpoint or s3fs-fuse), or give a local path."
+        )
+    try:
+        directory = _uncached(epath.Path(path))
+        if options.get("read_only"):
+            _entries(directory)
+        else:
+            probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
+            probe.write_text("")
+            del ts.KvStore.open(_kvstore(directory, "")["base"]).result()[probe.name]
+    except Exception as error:  # of any of the libraries on the way
+        raise OSError(
+            errno.EIO,
+            f"checkpoint_dir={path!r} cannot be reached or written to ({type(error).__name__}: {error}). It takes the "
+            "package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
+        ) from error
+    return directory
+
+
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
     """The absolute path of a directory that can be written, made if it is not there."""
     try:
@@ -911,7 +973,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     if not isinstance(path, str) or not path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
     if "://" in path:
-        return epath.Path(path)
+        return _usable_bucket(path, options)
     path = os.path.abspath(os.path.expanduser(path))
     if options.get("read_only"):
         return epath.Path(path)
@@ -1142,7 +1204,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         aside.parent.mkdir(exist_ok=True)
         if aside.exists():
             aside.rmtree()
-        found.rename(aside)
+        _move(found, aside)
         self._replacing = True
         self.reload()
 
@@ -1205,7 +1267,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """
         variables = _variables(self._model, optimizer=not weights_only)
         self.wait_until_finished()
-        list(self.directory.iterdir())  # raises where it cannot be read: Orbax would see it as empty
+        _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
         self.reload()  # others may have written since we looked
         steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
         if step is not None and step not in steps:
@@ -1316,7 +1378,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 free = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
                 free = (f"{path.name}.damaged{suffix}" for suffix in free)
                 names.append(next(name for name in free if not (self.directory / name).exists()))
-                path.rename(self.directory / names[-1])
+                _move(path, self.directory / names[-1])
         if paths:
             self.reload()
             aside = f" They are set aside as {', '.join(names)}." if names else ""
@@ -1363,7 +1425,8 @@ def _writer() -> dict[str, Any]:
 def _is_abandoned(path: epath.Path) -> bool:
     """Whether nobody writes into a temporary folder any more."""
     try:
-        age = time.time() - path.stat().mtime
+        # A folder in a bucket has no time of its own.
+        age = time.time() - (path.stat().mtime or (path / "_CHECKPOINT_METADATA").stat().mtime)
     except FileNotFoundError:
         return False  # it was committed meanwhile
     try:
@@ -1391,7 +1454,9 @@ def _is_about_the_store(error: BaseException | None) -> bool:
     return (
         isinstance(error, (PermissionError, ConnectionError, TimeoutError, MemoryError))
         or (isinstance(error, OSError) and error.errno in numbers)
-        # Of TensorStore and XLA there are only the codes in the text.
+        or type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
+        # Of TensorStore and XLA there are only the codes in the text; of gcsfs a word.
+        or str(error).startswith("Forbidden: ")
         or re.search("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
         is not None
         or _is_about_the_store(error.__cause__ or error.__context__)
