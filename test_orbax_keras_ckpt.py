@@ -5,6 +5,7 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 
 import base64
+import contextlib
 import datetime
 import importlib.util
 import io
@@ -17,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -24,6 +26,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 
 import jax
 import jax.experimental
@@ -1645,6 +1648,55 @@ def test_states_survive_json():
         orbax_keras_ckpt._pack([object()])
 
 
+# ------------------------------------------------------------------------------------------------ buckets
+
+
+@pytest.fixture(scope="module")
+def cycle():
+    """What has come of `bucket_cycle` in a bucket of an emulator."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    address = f"http://localhost:{port}"
+    environment = {
+        **os.environ,
+        "STORAGE_EMULATOR_HOST": address,
+        "TENSORSTORE_GCS_HTTP_URL": address,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        "FSSPEC_GCS_TOKEN": "anon",
+        "FSSPEC_GS_TOKEN": "anon",
+    }
+    command = [sys.executable, __file__, "emulator", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
+                break
+            time.sleep(0.1)
+        return json.loads(script("bucket_cycle", "gs://bucket/ckpt", env=environment).stdout.splitlines()[-1])
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_run_in_a_bucket_killed_twice_equals_uninterrupted_run(cycle):
+    assert cycle["exit codes"] == [-9, 143]
+    assert cycle["after kill"] == ["0"]
+    assert cycle["after term"] == ["0", "1", "2"]  # the last one inside its epoch
+    assert cycle["resumed"] == {"equal": True, "entries": ["1", "2", "3"]}  # three are kept, leftovers are gone
+
+
+def test_damage_in_a_bucket_falls_back_and_is_set_aside(cycle):
+    assert cycle["after damage"] == {"equal": True, "entries": ["1", "2", "3", "3.damaged"]}
+    assert "Step 2 is restored" in cycle["warning"] and "Digest mismatch" in cycle["warning"]
+
+
+def test_buckets_that_cannot_be_used_are_refused_at_once(cycle):
+    missing, s3 = cycle["refused"]
+    assert re.match("OSError: .*checkpoint_dir='gs://missing-bucket/x' cannot be reached or written to", missing)
+    assert re.match("ValueError: checkpoint_dir='s3://bucket/x': of URLs only gs://", s3)
+
+
 # ------------------------------------------------------------------------------------- seams, documents, notebook
 
 
@@ -1927,6 +1979,62 @@ def failing(directory, how):
     print(json.dumps(result))
 
 
+def emulator(port):
+    """A server of buckets, one of which is there."""
+    from gcp_storage_emulator.handlers import objects
+    from gcp_storage_emulator.server import create_server
+
+    download = objects.download
+
+    def download_with_generation(request, response, storage, *args, **kwargs):  # TensorStore needs this header
+        download(request, response, storage, *args, **kwargs)
+        if response.status < 300:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = found["generation"]
+
+    objects.download = download_with_generation
+    create_server("localhost", int(port), in_memory=True, default_bucket="bucket").run()
+
+
+def bucket_train(directory, place=None, number=None):
+    """Four epochs, or until the signal `number` before batch 2 of epoch `place`."""
+    seed(1)
+    model = dense_model(400)
+    leave = [At(int(place), 2, lambda self: os.kill(os.getpid(), int(number)))] if place else []
+    fit(model, 4, *([callback(model, directory, 3)] if directory else []), *leave)
+    return [value.tobytes() for value in values(model)]
+
+
+def bucket_cycle(directory):
+    folder, result = epath.Path(directory), {"exit codes": [], "refused": []}
+
+    def entries():
+        return sorted(path.name for path in orbax_keras_ckpt._uncached(folder).iterdir())
+
+    expected = bucket_train(None)
+    for epoch, number in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
+        result["exit codes"].append(script("bucket_train", directory, epoch, int(number), check=False).returncode)
+        result["after kill" if epoch == 1 else "after term"] = entries()
+    record = json.loads((folder / "0/_CHECKPOINT_METADATA").read_text())
+    record["custom_metadata"]["orbax_keras_ckpt"]["writer"]["id"] = "dead"
+    (folder / "90/_CHECKPOINT_METADATA").write_text(json.dumps(record))  # what a killed save leaves
+    result["resumed"] = {"equal": bucket_train(directory) == expected, "entries": entries()}
+    path = max((folder / "3/default/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().length)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result["after damage"] = {"equal": bucket_train(directory) == expected, "entries": entries()}
+    result["warning"] = next(str(each.message) for each in caught if "is restored" in str(each.message))
+    for refused in ("gs://missing-bucket/x", "s3://bucket/x"):
+        try:
+            KerasOrbaxCheckpointManager(dense_model(), refused)
+        except (OSError, ValueError) as error:
+            result["refused"].append(f"{type(error).__name__}: {error}")
+    print(json.dumps(result))
+
+
 def unreadable(directory):
     """Restores as a user who may not read a file of the newest step, and then not even the directory."""
     model, directory = dense_model(400), pathlib.Path(directory)
@@ -1946,4 +2054,5 @@ def unreadable(directory):
 
 
 if __name__ == "__main__":
-    {"train_and_fail": train_and_fail, "failing": failing, "unreadable": unreadable}[sys.argv[1]](*sys.argv[2:])
+    programs = (train_and_fail, failing, unreadable, emulator, bucket_train, bucket_cycle)
+    {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
