@@ -1111,7 +1111,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and forgets what may have changed since the last run."""
-        self._check_is_distributed()
+        self._check_is_distributed(_values([self._model.variables]))
         self._model_config = None
         if self._monitor is not None:
             self._resolved_mode()
@@ -1158,7 +1158,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if self._is_unfinished(step):
             self._set_aside(step)
         self._check_newer(step)
-        self._check_is_distributed()
         variables = _variables(self._model, metrics=values is not None)
         processes = jax.process_count()
         self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if processes > 1 else None
@@ -1175,6 +1174,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         )
         if values is None:
             values = _values(members.values() for members in variables.values())
+        self._check_is_distributed(values)
         try:
             with _agreed():
                 self._remove_leftovers()
@@ -1456,12 +1456,12 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         # JAX agrees on a call: that with the number after the highest of all. Orbax asks with other numbers.
         return not self._fitting and super().reached_preemption(step)
 
-    def _check_is_distributed(self) -> None:
-        local = [variable.path for variable in self._model.variables if variable.value.is_fully_addressable]
-        if local and jax.process_count() > 1:
+    def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
+        """Several processes that train each for itself would write over each other's arrays."""
+        if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
             raise ValueError(
-                f"There are {jax.process_count()} processes, but variables that this one has for itself:\n"
-                f"{_listing(local)}\nCall keras.distribution.set_distribution() before the model is built."
+                f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
+                "this one has for itself. Call keras.distribution.set_distribution() before the model is built."
             )
 
 

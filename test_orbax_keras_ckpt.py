@@ -2132,6 +2132,7 @@ class Noisy(keras.utils.PyDataset):
 
 def train_together(work, layout, *, point=None, how="SIGKILL", checkpoint=True, pause=0, save_freq="epoch", max_to_keep=2):
     model, process, own = distributed_model(layout), jax.process_index(), Own()
+    keras.random.normal(())  # its generator is one variable of all processes, and begins by Python's random state
     random.seed(process)
     np.random.seed(process if layout == "data" else 0)  # every process needs the same batch where devices share it
     ours, start = None, {}
