@@ -72,6 +72,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
+from jax.experimental import multihost_utils
 
 __all__ = [
     "CheckpointCorruptError",
@@ -103,6 +104,7 @@ _FORMAT = 2  # 1 had no checksums in the arrays
 _RECORD_KEY = "orbax_keras_ckpt"
 _COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
 _REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
+_PART = "orbax_keras_ckpt.process_{}"  # beside the arrays, where there are several processes: see _Record.processes
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
 
@@ -195,6 +197,9 @@ class _Record:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     writer: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_arrays: bool = False  # of stateful objects
+    processes: int = 1  # with several, each has left its own random states and stateful objects in a file of its own
+
+    OWN = ("random", "epoch_random", "stream_random", "stateful")
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
@@ -223,6 +228,16 @@ class _Record:
             for group, specs in fields["variables"].items()
         }
         return cls(**fields)
+
+    def with_part(self, directory: epath.Path) -> "_Record":
+        """The record with what this process has saved; or process 0, if there were more or fewer processes then."""
+        if self.processes == 1:
+            return self
+        name = _PART.format(jax.process_index() if jax.process_count() == self.processes else 0)
+        part = json.loads((directory / name).read_text())
+        if part.pop("crc32", None) != _crc32(part):
+            raise ValueError(f"{name} does not have the checksum that it was saved with")
+        return dataclasses.replace(self, **part)
 
 
 # ----------------------------------------------------------------------------------------------- seams
@@ -398,6 +413,49 @@ def _tree_paths(directory: epath.Path) -> list[str]:
     tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+
+
+def _jax_owns_sigterm() -> bool:
+    """Whether jax.distributed runs, whose handler tells all processes of a SIGTERM to one of them."""
+    return jax._src.distributed.global_state.client is not None  # jax.distributed.is_initialized() since JAX 0.6
+
+
+# ------------------------------------------------------------------------------------------- processes
+# All of them save, restore and fall back together. Process 0 alone prints, warns, renames and deletes.
+
+
+def _gather(value: Any) -> list[Any]:
+    """`value`, of JSON, of every process. All have to call it; 4 ms for two processes on one machine."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
+    padded = np.pad(text, (0, -(-longest // 1024) * 1024 - text.size))  # XLA compiles for each size
+    return [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(padded)]
+
+
+@contextlib.contextmanager
+def _agreed() -> Iterator[None]:
+    """All processes leave this together. If any raises in here, all raise: the worst of what there is."""
+    kinds, error = (CheckpointCorruptError, CheckpointMismatchError, CheckpointError), None
+    try:
+        yield
+    except Exception as caught:
+        if jax.process_count() == 1:
+            raise
+        error = caught
+    level = -1 if error is None else next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), 2)
+    outcomes = _gather([level, str(error)])
+    worst, text = max(outcomes, key=lambda outcome: outcome[0])
+    if worst == level and error is not None:
+        raise error
+    if worst >= 0:
+        raise kinds[worst](f"Process {outcomes.index([worst, text])}: {text}") from error
+
+
+def _warn(message: str, stacklevel: int) -> None:
+    if jax.process_index() == 0:
+        warnings.warn(message, stacklevel=stacklevel + 1)
 
 
 # ------------------------------------------------------------------------------------------- variables
@@ -825,6 +883,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     def __init__(self, compression: bool):
         super().__init__(array_metadata_store=_array_metadata_store())
         zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compression else []
+        self.part = None  # what this process saves beside the arrays, where there are several
         self._codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
 
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
@@ -838,28 +897,30 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             info.name: (array.dtype.name, array.shape, _chunk_shape(array)) for info, array in zip(infos, values)
         }
         shardings = {info.name: array.sharding for info, array in zip(infos, values)}
-        writing = self._write(infos[0], described, shardings, parts)
+        writing = self._write(infos[0], described, shardings, parts, self.part)
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="arrays")]
 
-    async def _write(self, info: Any, described: dict, shardings: dict, parts: list) -> None:
+    async def _write(self, info: Any, described: dict, shardings: dict, parts: list, part: dict | None) -> None:
         directory, process = await _created(info), jax.process_index()
         base = directory / f"ocdbt.process_{process}"
         specs = [self._spec(base, name, *each) for name, each in described.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
         writing, free = collections.deque(), _WRITING_BYTES
         for store, shards in zip(stores, parts):
-            for index, part in shards:
-                while writing and free < part.nbytes:
+            for index, values in shards:
+                while writing and free < values.nbytes:
                     size, write = writing.popleft()
                     write.result()
                     free += size
-                write = store.result()[index].write(part, can_reference_source_data_indefinitely=True)
-                writing.append((part.nbytes, write))
-                free -= part.nbytes
+                write = store.result()[index].write(values, can_reference_source_data_indefinitely=True)
+                writing.append((values.nbytes, write))
+                free -= values.nbytes
         for _, write in writing:
             write.result()
         notes = [_ArrayMetadata(name, chunk, chunk) for name, (_, _, chunk) in described.items()]
         await self._array_metadata_store.write(directory, notes, process)
+        if part is not None:
+            (directory / _PART.format(process)).write_text(json.dumps(part | {"crc32": _crc32(part)}))
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
 
@@ -876,9 +937,9 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         }
 
 
-def _tree_handler(compression: bool) -> ocp.PyTreeCheckpointHandler:
+def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of trees, with our way to write arrays."""
-    types = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayHandler(compression)))
+    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=types)
 
 
@@ -1049,7 +1110,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if not isinstance(model, keras.Model):
             raise ValueError(f"model={model!r}: give a keras.Model.")
         _check_arguments(max_to_keep, steps_per_epoch, monitor, mode, kwargs)
-        directory = _usable_directory(checkpoint_dir, kwargs)
+        with _agreed():
+            directory = _usable_directory(checkpoint_dir, kwargs)
         self._model = model
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
@@ -1057,10 +1119,15 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._model_config = None
         self._read_only = bool(kwargs.get("read_only"))
         self._saving = None  # the step whose save was started last
+        self._fitting = False  # the callback asks JAX for signals then
+        self._arrays = _ArrayHandler(compression)
         self._replacing = (directory / _REPLACED).exists()
         super().__init__(
             directory,
-            item_handlers={"default": _tree_handler(compression), "stateful": _tree_handler(compression)},
+            item_handlers={
+                "default": _tree_handler(self._arrays),
+                "stateful": _tree_handler(_ArrayHandler(compression)),
+            },
             # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
             # them for minutes, even when the process ends.
             options=ocp.CheckpointManagerOptions(
@@ -1106,6 +1173,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and forgets what may have changed since the last run."""
+        self._check_is_distributed(_values([self._model.variables]))
         self._model_config = None
         if self._monitor is not None:
             self._resolved_mode()
@@ -1149,6 +1217,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
         self._check_newer(step, self.latest_step())
         variables = _variables(self._model, metrics=values is not None)
+        processes = jax.process_count()
+        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if processes > 1 else None
         record = _Record(
             position=position,
             variables=_specs(variables),
@@ -1157,12 +1227,15 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
             writer=_writer(),
             has_arrays=bool(arrays),
+            processes=processes,
             **notes,
         )
         if values is None:
             values = _values(members.values() for members in variables.values())
+        self._check_is_distributed(values)
         try:
-            self._remove_leftovers()
+            with _agreed():
+                self._remove_leftovers()
             started = self.save(
                 step,
                 args=ocp.args.Composite(**_items(variables, values, arrays)),
@@ -1182,7 +1255,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """The metrics that are numbers. Warns if the monitored one is not there."""
         metrics = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
         if self._monitor is not None and self._monitor not in metrics and is_complete:
-            warnings.warn(
+            _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
                 f"the worst. There are: {', '.join(map(repr, metrics)) or 'none'}.",
                 stacklevel=5,
@@ -1193,18 +1266,21 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """Whether `step` is there, and inside the epoch whose end has this number as well."""
         if step != self.latest_step():
             return False
-        self.wait_until_finished()
-        record = _Record.from_metadata(_custom_metadata(_steps_in(self, self.directory)[step]))
+        with _agreed():
+            self.wait_until_finished()
+            record = _Record.from_metadata(_custom_metadata(_steps_in(self, self.directory)[step]))
         return record is not None and record.unfinished
 
     def _set_aside(self, step: int) -> None:
         """Makes room for another checkpoint of that number. Until that is committed, this one is still to be found."""
-        found = _steps_in(self, self.directory)[step]
-        aside = self.directory / _REPLACED / found.name
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():
-            aside.rmtree()
-        _move(found, aside)
+        with _agreed():
+            if jax.process_index() == 0:
+                found = _steps_in(self, self.directory)[step]
+                aside = self.directory / _REPLACED / found.name
+                aside.parent.mkdir(exist_ok=True)
+                if aside.exists():
+                    aside.rmtree()
+                _move(found, aside)
         self._replacing = True
         self.reload()
 
@@ -1266,10 +1342,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         With `check`, all that belongs to a run is read.
         """
         variables = _variables(self._model, optimizer=not weights_only)
-        self.wait_until_finished()
-        _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
-        self.reload()  # others may have written since we looked
-        steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
+        steps = self._found()
         if step is not None and step not in steps:
             raise FileNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
@@ -1297,6 +1370,22 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             ) from next(iter(damaged.values()))
         return None
 
+    def _found(self) -> dict[int, epath.Path]:
+        """All steps that there are, and where: the same on all processes."""
+        with _agreed():
+            self.wait_until_finished()
+        with _agreed():
+            _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
+            self.reload()  # others may have written since we looked
+            steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
+        seen = _gather(sorted(steps))
+        if any(each != seen[0] for each in seen):
+            raise CheckpointError(
+                f"The processes see different steps in {self.directory}: {'; '.join(map(str, seen))}. Nothing was "
+                "changed. Give a directory that all processes share."
+            )
+        return steps
+
     def _restore_one(
         self,
         step: int,
@@ -1307,28 +1396,30 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         check: Callable[[int, _Record | None], None] | None,
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
-        with self._damage_of(step):
-            record = _Record.from_metadata(_custom_metadata(path))
-            saved = record.variables if record else _foreign_variables(path / "default")
-        if check is not None:
-            check(step, record)
-            if _GROUPS[3] in saved:
-                variables = _variables(self._model, metrics=True)
-        sources, differences = _compare(variables, saved, strict)
-        if differences and strict:
-            raise CheckpointMismatchError(
-                f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was changed. "
-                "Build the model as it was saved, use another directory, or restore with strict=False."
-            )
+        with _agreed():
+            with self._damage_of(step):
+                record = _Record.from_metadata(_custom_metadata(path))
+                record = record and record.with_part(path / "default")
+                saved = record.variables if record else _foreign_variables(path / "default")
+            if check is not None:
+                check(step, record)
+                if _GROUPS[3] in saved:
+                    variables = _variables(self._model, metrics=True)
+            sources, differences = _compare(variables, saved, strict)
+            if differences and strict:
+                raise CheckpointMismatchError(
+                    f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
+                    "changed. Build the model as it was saved, use another directory, or restore with strict=False."
+                )
         shardings = [source.variable.value.sharding for source in sources]
         if donate:
             for source in sources:
                 if source.variable.value.size:
                     source.variable.value.delete()
-        with self._damage_of(step):
+        with _agreed(), self._damage_of(step):
             arrays, others = self._read(path, record, sources, shardings, stateful=check is not None)
         if differences:
-            warnings.warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
+            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
         for source in sources:
             if source.name in arrays:
                 source.variable.assign(arrays[source.name])
@@ -1372,20 +1463,20 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Their numbers are free then; nothing is deleted."""
+        if not paths:
+            return
         names = []
-        for path in paths:
-            if path.exists() and not self._read_only:  # retention in another process may have deleted it meanwhile
-                free = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-                free = (f"{path.name}.damaged{suffix}" for suffix in free)
-                names.append(next(name for name in free if not (self.directory / name).exists()))
-                _move(path, self.directory / names[-1])
-        if paths:
-            self.reload()
-            aside = f" They are set aside as {', '.join(names)}." if names else ""
-            reasons = _listing([str(error) for error in errors])
-            warnings.warn(
-                f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=4
-            )
+        with _agreed():
+            for path in paths if jax.process_index() == 0 and not self._read_only else ():
+                if path.exists():  # retention in another run may have deleted it meanwhile
+                    free = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+                    free = (f"{path.name}.damaged{suffix}" for suffix in free)
+                    names.append(next(name for name in free if not (self.directory / name).exists()))
+                    _move(path, self.directory / names[-1])
+        self.reload()
+        aside = f" They are set aside as {', '.join(names)}." if names else ""
+        reasons = _listing([str(error) for error in errors])
+        _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=4)
 
     def wait_until_finished(self) -> None:
         """Waits until everything is committed. Raises if a save has failed; its step is not listed then."""
@@ -1398,6 +1489,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             if not isinstance(error, Exception):
                 raise
             raise self._save_error(error) from error
+        self._replacing = self._replacing and jax.process_index() == 0
         replaced = _steps_in(self, self.directory / _REPLACED) if self._replacing else {}
         if self._replacing and max(replaced, default=-1) <= max(self.all_steps(), default=-1):
             (self.directory / _REPLACED).rmtree(missing_ok=True)
@@ -1411,9 +1503,22 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _remove_leftovers(self) -> None:
         """The temporary folders of saves that were killed. A process that is alive keeps its own."""
-        for path in _temporary_folders(self.directory):
-            if jax.process_index() == 0 and _is_abandoned(path):
+        for path in _temporary_folders(self.directory) if jax.process_index() == 0 else ():
+            if _is_abandoned(path):
                 path.rmtree(missing_ok=True)
+
+    def reached_preemption(self, step: int) -> bool:
+        """As in Orbax; False while `fit` runs with a callback of ours, which asks JAX itself."""
+        # JAX agrees on a call: that with the number after the highest of all. Orbax asks with other numbers.
+        return not self._fitting and super().reached_preemption(step)
+
+    def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
+        """Several processes that train each for itself would write over each other's arrays."""
+        if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
+            raise ValueError(
+                f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
+                "this one has for itself. Call keras.distribution.set_distribution() before the model is built."
+            )
 
 
 @functools.cache
@@ -1492,6 +1597,7 @@ def _signals(numbers: Any) -> tuple[signal.Signals, ...]:
     return signals
 
 
+_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
 _PROGRESS_SECONDS = 5.0  # between two lines about reading past
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
@@ -1630,7 +1736,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _begin(self, logs: Any = None) -> None:
         """The very end of `on_train_begin`, behind all other callbacks."""
         model = self._fitted_model
-        self._fitting, self._train_function, self._counted = True, None, None
+        self._fitting, self._train_function, self._counted, self._ask_at = True, None, None, 0
         for member in self._stateful:
             member.check()  # again: what other callbacks have just opened, such as files, cannot be saved
         self._stream_random = self._record.stream_random if self._record else None
@@ -1676,7 +1782,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                     state, is_past = self._read_past(state, iterator)
                     if is_past:
                         return self._logs, state
-                if self._received is not None or self._is_due():
+                if self._is_stopped() or self._is_due():
                     self._save_inside(state)
                 for stream in self._streams:
                     stream.note(self._batches)
@@ -1698,7 +1804,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         if is_new:
             self._counted = _Counted(iterator)
         if not is_first and not self._has_data and is_new == self._continuous:
-            warnings.warn(
+            _warn(
                 "continuous_data=True, but the data starts again with every epoch."
                 if is_new
                 else "The data goes on from epoch to epoch: without continuous_data=True, a run that is interrupted "
@@ -1730,7 +1836,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     def _read(self, iterator: Iterator, batch: int, batches: int) -> None:
         """Reads past a batch."""
-        if self._received is not None:
+        if self._is_stopped():
             self._leave()
         if time.monotonic() - self._saved_at > _PROGRESS_SECONDS:
             self._saved_at = time.monotonic()
@@ -1796,7 +1902,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._before_validation = copies, self._notes()
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._fitting and self._received is not None:
+        if self._fitting and self._is_stopped():
             self._fitted_model.jax_state_sync()
             (fixed, metrics), notes = self._before_validation
             trained, now, optimizer, _ = _values(_train_state(self._fitted_model))
@@ -1813,24 +1919,25 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._before_validation = None
         if self._resume is not None:
             self._arrive()
-        is_last = model.stop_training or epoch + 1 >= self.params["epochs"]
-        if self._save_freq == "epoch" or is_last or self._is_due() or self._received is not None:
+        is_last, is_stopped = model.stop_training or epoch + 1 >= self.params["epochs"], self._is_stopped()
+        if self._save_freq == "epoch" or is_last or is_stopped or self._is_due():
             started = self._save(
                 _Position(epoch + 1, 0, self._batches),
                 logs,
                 self._notes(),
                 stopped=self.params["epochs"] if model.stop_training else None,
-                force=is_last or self._received is not None,
+                force=is_last or is_stopped,
             )
             if started:
                 self._say("Save Orbax checkpoint on_epoch_end.")
-        if self._received is not None:
+        if is_stopped:
             self._leave()
 
     def _end(self) -> None:
         """However `fit` ends: nothing of this run is left in the model, and what was being saved is on disk."""
         model, failure = self._fitted_model, sys.exc_info()[1]
         self._fitting, self._resume, self._values, self._before_validation = False, None, None, None
+        self.checkpoint_manager._fitting = False
         _start_at_epoch(model, None)
         if self._train_function is not None and model.train_function is self._train_function:
             model.train_function = self._inner_function
@@ -1861,17 +1968,27 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _is_due(self) -> bool:
         if isinstance(self._save_freq, int):
             return self._batches // self._save_freq > self._saved // self._save_freq
-        if isinstance(self._save_freq, datetime.timedelta):
-            return time.monotonic() - self._saved_at >= self._save_freq.total_seconds() and self._batches > self._saved
+        if isinstance(self._save_freq, datetime.timedelta) and self._batches > max(self._saved, self._ask_at):
+            return self._is_time(self._batches - self._saved, time.monotonic() - self._saved_at)
         return False
+
+    def _is_time(self, batches: int, seconds: float) -> bool:
+        """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
+        share = seconds / self._save_freq.total_seconds()
+        if jax.process_count() == 1:
+            return share >= 1
+        # After as many batches as are to come at this speed, but no more than there have been: it may change.
+        share, wait = _gather([share, int(batches * min(1, max(0, 1 / share - 1)))])[0]
+        self._ask_at = self._batches + wait - 1
+        return share >= 1
 
     def _notes(self) -> dict[str, Any]:
         """What belongs to a checkpoint at this very moment beside the model's variables."""
-        arrays = []
+        arrays = [] if jax.process_count() == 1 else None  # into the file of each process
         states = [{"name": member.name, "state": member.save(self._batches, arrays)} for member in self._stateful]
         return {
             "stateful": states,
-            "arrays": arrays,
+            "arrays": arrays or (),
             "random": _random_state(),
             "epoch_random": self._epoch_random,
             "stream_random": self._stream_random,
@@ -1910,9 +2027,14 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     # Signals.
     def _catch_signals(self) -> None:
         self._received, self._earlier_handlers = None, {}
+        if _jax_owns_sigterm():
+            self.checkpoint_manager._fitting = True
+            if others := [number.name for number in self._signals if number != signal.SIGTERM]:
+                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=2)
+            return
         if threading.current_thread() is not threading.main_thread():
             if self._signals:
-                warnings.warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=2)
+                _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=2)
             return
         for number in self._signals:
             self._earlier_handlers[number] = signal.signal(number, self._note_signal)
@@ -1920,12 +2042,18 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _note_signal(self, number: int, frame: Any) -> None:
         self._received = number
 
+    def _is_stopped(self) -> bool:
+        """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
+        if _jax_owns_sigterm() and signal.SIGTERM in self._signals and ocp.multihost.reached_preemption(next(_CALLS)):
+            self._received = signal.SIGTERM
+        return self._received is not None
+
     def _leave(self) -> None:
         """Ends the process as the signal asks, with everything on disk."""
         number = self._received
         self.checkpoint_manager.wait_until_finished()
         self._say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
-        earlier = self._earlier_handlers[number]
+        earlier = self._earlier_handlers.get(number)
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(number, None)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -1949,7 +2077,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         saved = None if record is None or record.stateful is None else [each["name"] for each in record.stateful]
         given = [member.name for member in self._stateful]
         if saved is None and given:
-            warnings.warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=4)
+            _warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=4)
         elif saved is not None and saved != given:
             raise CheckpointMismatchError(
                 f"The checkpoint was saved with stateful={saved}, but stateful={given} is given. Nothing was changed. "

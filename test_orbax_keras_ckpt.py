@@ -35,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from jax.experimental import multihost_utils
 from keras import layers
 
 import orbax_keras_ckpt
@@ -1695,6 +1696,152 @@ def test_buckets_that_cannot_be_used_are_refused_at_once(cycle):
     missing, s3 = cycle["refused"]
     assert re.match("OSError: .*checkpoint_dir='gs://missing-bucket/x' cannot be reached or written to", missing)
     assert re.match("ValueError: checkpoint_dir='s3://bucket/x': of URLs only gs://", s3)
+# ------------------------------------------------------------------------------------------------- many processes
+
+LAYOUTS = ["data", "model"]
+
+
+class Group:
+    """Processes that call one of the programs below together, each with two CPU devices unless told otherwise."""
+
+    def __init__(self, work, program, *arguments, processes=2, devices=2, **options):
+        work.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        logs = [work / f"process_{process}.log" for process in range(processes)]
+        start = [(log, among, process, processes, devices, address, program, str(work)) for process, log in enumerate(logs)]
+        self.members = [Process(*each, *arguments, **options) for each in start]
+
+    def join(self):
+        """The exit codes, and what each printed."""
+        return tuple(zip(*(member.join() for member in self.members)))
+
+
+def run_together(work, *arguments, expected=0, program=None, **options):
+    codes, logs = Group(work, program or train_together, *arguments, **options).join()
+    assert set(codes) == {expected}, "\n".join([str(codes), *logs])
+    return logs
+
+
+def plain(directory, step):
+    """All variables of a checkpoint, by Orbax alone."""
+    path = directory / str(step) / "default"
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_same_values(found, expected):
+    paths = [path for path in expected if not path.startswith("metrics")]
+    assert paths and all(found[path].tobytes() == expected[path].tobytes() for path in paths)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A run of two processes for each layout: uninterrupted, without a checkpoint; and one that was stopped twice."""
+    done = {}
+
+    def run(layout):
+        if layout not in done:
+            work, reference = tmp_path_factory.mktemp(layout), tmp_path_factory.mktemp("uninterrupted")
+            run_together(reference, layout, checkpoint=False)
+            points = [(0, "train", 2), (1, "validation", 1)]
+            stops = [run_together(work, layout, point=point, how="SIGTERM", pause=0.1, expected=143) for point in points]
+            snapshots = [shutil.copytree(work / "ckpt", work / "snapshots")]
+            done[layout] = work, reference, stops, snapshots, run_together(work, layout)
+        return done[layout]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_signal_to_one_process_stops_all_at_one_batch_and_the_rerun_equals_the_uninterrupted_run(layout, together):
+    work, reference, stops, _, last = together(layout)
+    for logs, where in zip(stops, ["in epoch 1", "in epoch 2"]):
+        left = [re.search(r"left after batch (\d+)", log)[1] for log in logs]
+        assert left[0] == left[1] and where in logs[0]
+    assert 2 <= int(re.search(r"left after batch (\d+)", stops[0][0])[1]) < TOGETHER  # inside the epoch
+    assert "left after batch 48" in stops[1][1]  # in validation
+    assert "Load Orbax" in last[0] and not any("Orbax" in log for log in (*(logs[1] for logs in stops), last[1]))
+    for process in range(2):
+        ours, theirs = (np.load(each / f"final_{process}.npz") for each in (work, reference))
+        assert ours.files == theirs.files
+        for name in ours.files:
+            assert ours[name].tobytes() == theirs[name].tobytes(), name
+    assert np.load(work / "final_0.npz")["own"].tolist() != np.load(work / "final_1.npz")["own"].tolist()
+    assert sorted(path.name for path in (work / "ckpt").iterdir()) == ["1", "2"]  # retention: two of three epochs
+
+
+def test_each_process_leaves_its_states_beside_the_arrays(together):
+    names = {path.name for path in (together("model")[0] / "ckpt/2/default").iterdir()}
+    assert names >= {"orbax_keras_ckpt.process_0", "orbax_keras_ckpt.process_1", "ocdbt.process_1"}
+
+
+def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tmp_path):
+    began = time.monotonic()
+    codes, logs = Group(tmp_path, train_together, "data", point=(1, "train", 3), heartbeat=10).join()
+    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), logs  # fails, and does not wait for ever
+    assert time.monotonic() - began < 90
+    for processes, point in ((1, (2, "train", 3)), (2, None)):
+        step = max(int(path.name) for path in (tmp_path / "ckpt").iterdir() if path.name.isdecimal())
+        saved = plain(tmp_path / "ckpt", step)
+        expected = 0 if point is None else -signal.SIGKILL
+        logs = run_together(tmp_path, "data", processes=processes, devices=4 // processes, point=point, expected=expected)
+        assert f"(step {step})" in logs[0]
+        assert_same_values(np.load(tmp_path / "start_0.npz"), saved)
+    assert [path.name for path in (tmp_path / "ckpt").iterdir() if "damaged" in path.name] == []
+
+
+def test_processes_save_by_the_clock_of_the_first(tmp_path):
+    logs = run_together(tmp_path, "data", save_freq="second", max_to_keep=None, pause=0.05)
+    steps = [json.loads(re.search(r"steps (.*)", log)[1]) for log in logs]
+    assert steps[0] == steps[1] == sorted(int(path.name) for path in (tmp_path / "ckpt").iterdir())
+    assert 3 <= len(steps[0]) <= 15 and steps[0][-1] == 3 * TOGETHER
+
+
+def flip_in_the_part_of_the_second_process(directory):
+    """A bit of the kernel that is read by it alone."""
+    data = max((directory / "ocdbt.process_1" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    flip(data, 8 * 2000)
+
+
+def test_damage_that_one_process_sees_makes_all_fall_back_to_one_step(together, tmp_path):
+    directories = []
+    for name in ("array", "states", "gone", "asked for"):
+        directories.append(shutil.copytree(together("model")[0] / "ckpt", tmp_path / name))
+        newest = directories[-1] / "2" / "default"
+        if name == "states":
+            flip(newest / "orbax_keras_ckpt.process_1", 999)
+        elif name == "gone":
+            (newest / "orbax_keras_ckpt.process_1").unlink()
+        else:
+            flip_in_the_part_of_the_second_process(newest)
+    logs = run_together(tmp_path, [str(each) for each in directories], program=fall_back)
+    results = [json.loads(log.splitlines()[-1]) for log in logs]
+    assert results[0] == results[1]
+    assert results[0][:3] == [1, 1, 1] and results[0][3] == "CheckpointCorruptError"
+    for directory in directories[:3]:
+        assert sorted(path.name for path in directory.iterdir()) == ["1", "2.damaged"]
+    assert sorted(path.name for path in directories[3].iterdir()) == ["1", "2"]
+    assert logs[0].count("UserWarning: Step 1 is restored") == 3 and "UserWarning" not in logs[1]
+
+
+def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
+    work = together("model")[0]
+    saved = plain(work / "ckpt", 2)
+    kinds = ["none", "data", "model", "mixed", "model 4", "mixed 4"]
+    run_together(tmp_path, str(work / "ckpt"), kinds, processes=1, devices=8, program=relay)
+    for kind in kinds:
+        assert_same_values(plain(tmp_path / kind, 0), saved)
+    back = tmp_path / "back"
+    for kind in ("model", "none"):  # from eight devices and from one
+        run_together(back, str(tmp_path / kind), ["data", "model", "mixed"], program=relay)
+        for after in ("data", "model", "mixed"):
+            assert_same_values(plain(back / after, 0), saved)
+        shutil.rmtree(back)
 
 
 # ------------------------------------------------------------------------------------- seams, documents, notebook
@@ -2051,6 +2198,161 @@ def unreadable(directory):
             print(type(error).__name__, repr(error.__cause__ or error).replace("\n", " "))
         os.seteuid(0)
         directory.chmod(0)
+
+
+# Programs of many processes: `among` makes each of them one of a group.
+
+TOGETHER = 24  # batches an epoch
+
+
+def among(process, processes, devices, address, program, work, *arguments, heartbeat=None, **options):
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        keras.utils.set_random_seed(0)
+        if heartbeat is None:
+            keras.distribution.initialize(address, processes, process)
+        elif jax.__version__ > "0.5.0":
+            jax.distributed.initialize(address, processes, process, heartbeat_timeout_seconds=heartbeat)
+        else:  # which has no public way
+            intervals = {f"{side}_heartbeat_interval_seconds": 1 for side in ("service", "client")}
+            missing = {f"{side}_max_missing_heartbeats": heartbeat for side in ("service", "client")}
+            jax._src.distributed.global_state.initialize(address, processes, process, **intervals, **missing)
+    try:
+        program(work, *arguments, **options)
+    except SystemExit:
+        leave_together(processes)
+        raise
+    leave_together(processes)
+
+
+def leave_together(processes):
+    if processes > 1:  # which JAX does at exit, but processes of multiprocessing have none
+        jax.distributed.shutdown()
+
+
+def distributed_model(kind):
+    """On all devices, or on the first four."""
+    kind, _, count = kind.partition(" ")
+    devices = keras.distribution.list_devices()[: int(count) if count else None]
+    if kind == "none":
+        keras.distribution.set_distribution(None)
+    elif kind == "data":
+        keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False))
+    else:
+        shape = (1, len(devices)) if kind == "model" else (2, len(devices) // 2)
+        mesh = keras.distribution.DeviceMesh(shape, ["batch", "model"], devices)
+        layout = keras.distribution.LayoutMap(mesh)
+        layout[".*wide.kernel"] = (None, "model")
+        layout[".*wide.bias"] = ("model",)
+        keras.distribution.set_distribution(
+            keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
+        )
+    seed(0)
+    stack = [layers.GaussianNoise(0.1), layers.Dense(2048, name="wide"), layers.BatchNormalization(), layers.Dropout(0.2)]
+    model = keras.Sequential([keras.Input((6,)), *stack, layers.Dense(1, name="head")], name="together")
+    return compiled(model, metrics=["mae"])
+
+
+def gathered(model):
+    """All variables by path, whole."""
+    groups = ("trainable_variables", "non_trainable_variables", "optimizer_variables")
+    members = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
+    named = [(f"{group}/{v.path}", v.value) for group, variables in zip(groups, members) for v in variables]
+    return {path: np.asarray(multihost_utils.process_allgather(value, tiled=True)) for path, value in named}
+
+
+class Own:
+    """Differs from process to process."""
+
+    def __init__(self):
+        self.numbers = np.full(3, jax.process_index())
+
+    def get_state(self):
+        return {"numbers": self.numbers}
+
+    def set_state(self, state):
+        self.numbers = state["numbers"]
+
+
+class Noisy(keras.utils.PyDataset):
+    """Augments by numpy's global generator."""
+
+    def __len__(self):
+        return TOGETHER
+
+    def __getitem__(self, index):
+        rows = slice(index * 8 % 64, index * 8 % 64 + 8)
+        return X[rows] + np.random.normal(size=(8, 6)).astype("float32"), Y[rows]
+
+
+def train_together(work, layout, *, point=None, how="SIGKILL", checkpoint=True, pause=0, save_freq="epoch", max_to_keep=2):
+    model, process, own = distributed_model(layout), jax.process_index(), Own()
+    keras.random.normal(())  # its generator is one variable of all processes, and begins by Python's random state
+    random.seed(process)
+    np.random.seed(process if layout == "data" else 0)  # every process needs the same batch where devices share it
+    ours, start = None, {}
+    if checkpoint:
+        ours = OrbaxCheckpointCallback(
+            model, os.path.join(work, "ckpt"), max_to_keep, stateful=[own],
+            save_freq=datetime.timedelta(seconds=0.4) if save_freq == "second" else save_freq,
+        )
+
+    def each_batch(batch, logs=None):
+        if not start and (ours is None or ours._resume is None):
+            model.jax_state_sync()
+            start.update(gathered(model))
+        time.sleep(pause)
+        own.numbers = own.numbers * 3 + random.getrandbits(8)
+
+    victim = process == jax.process_count() - 1
+    others = keras.callbacks.LambdaCallback(on_train_batch_begin=each_batch, on_test_batch_begin=lambda batch, logs: time.sleep(pause))
+    try:
+        history = model.fit(
+            Noisy(), shuffle=False, epochs=3, verbose=0, validation_data=(np.tile(X, (3, 1)), np.tile(Y, (3, 1))), validation_batch_size=8,
+            callbacks=[End(point if victim else None, how, ours), others, *([ours] if ours else [])],
+        )
+    except SystemExit:
+        print("left after batch", ours._batches)
+        raise
+    finally:
+        np.savez(os.path.join(work, f"start_{process}.npz"), **start)
+    if ours:
+        print("steps", ours.checkpoint_manager.all_steps())
+    series = {name: np.array(each) for name, each in history.history.items()}
+    final = gathered(model) | series | {"draws": np.hstack(next_draws()), "own": own.numbers}
+    np.savez(os.path.join(work, f"final_{process}.npz"), **final)
+
+
+def fall_back(work, directories):
+    """Restores from each, and from the last the newest step by name; prints what has come of it."""
+    model, results = distributed_model("model"), []
+    before = gathered(model)
+    for directory in directories[:-1]:
+        results.append(callback(model, directory, stateful=[Own()]).checkpoint_manager._restore(None, check=lambda step, record: None).step)
+    before = gathered(model)
+    try:
+        KerasOrbaxCheckpointManager(model, directories[-1]).restore_state(2)
+    except CheckpointError as error:
+        results.append(type(error).__name__)
+    assert_equal(list(gathered(model).values()), list(before.values()))
+    print(json.dumps(results))
+
+
+def relay(work, directory, kinds):
+    """Restores under each layout, and saves again from there."""
+    for kind in kinds:
+        model = distributed_model(kind)
+        model.optimizer.build(model.trainable_variables)
+        shardings = [variable.value.sharding for variable in model.variables]
+        KerasOrbaxCheckpointManager(model, directory, read_only=True).restore_state(donate=True)
+        assert [variable.value.sharding for variable in model.variables] == shardings
+        kernel = model.get_layer("wide").kernel.value
+        parts = {"none": 1, "data": 1, "model": kernel.sharding.num_devices, "mixed": kernel.sharding.num_devices // 2}
+        assert {shard.data.shape for shard in kernel.addressable_shards} == {(6, 2048 // parts[kind.split()[0]])}
+        manager = KerasOrbaxCheckpointManager(model, os.path.join(work, kind))
+        manager.save_state(0)
+        manager.close()
 
 
 if __name__ == "__main__":
