@@ -8,6 +8,7 @@ import base64
 import contextlib
 import datetime
 import importlib.util
+import inspect
 import io
 import json
 import lzma
@@ -2212,7 +2213,7 @@ def among(process, processes, devices, address, program, work, *arguments, heart
         keras.utils.set_random_seed(0)
         if heartbeat is None:
             keras.distribution.initialize(address, processes, process)
-        elif jax.__version__ > "0.5.0":
+        elif "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
             jax.distributed.initialize(address, processes, process, heartbeat_timeout_seconds=heartbeat)
         else:  # which has no public way
             intervals = {f"{side}_heartbeat_interval_seconds": 1 for side in ("service", "client")}
@@ -2233,6 +2234,7 @@ def leave_together(processes):
 
 def distributed_model(kind):
     """On all devices, or on the first four."""
+    keras.utils.clear_session()  # the same names each time
     kind, _, count = kind.partition(" ")
     devices = keras.distribution.list_devices()[: int(count) if count else None]
     if kind == "none":
@@ -2291,22 +2293,26 @@ def train_together(work, layout, *, point=None, how="SIGKILL", checkpoint=True, 
     keras.random.normal(())  # its generator is one variable of all processes, and begins by Python's random state
     random.seed(process)
     np.random.seed(process if layout == "data" else 0)  # every process needs the same batch where devices share it
-    ours, start = None, {}
+    ours, started = None, []
     if checkpoint:
         ours = OrbaxCheckpointCallback(
             model, os.path.join(work, "ckpt"), max_to_keep, stateful=[own],
             save_freq=datetime.timedelta(seconds=0.4) if save_freq == "second" else save_freq,
         )
 
+    def each_epoch(epoch, logs=None):
+        if not started:
+            started.append(epoch)
+            np.savez(os.path.join(work, f"start_{process}.npz"), **gathered(model))
+
     def each_batch(batch, logs=None):
-        if not start and (ours is None or ours._resume is None):
-            model.jax_state_sync()
-            start.update(gathered(model))
         time.sleep(pause)
         own.numbers = own.numbers * 3 + random.getrandbits(8)
 
     victim = process == jax.process_count() - 1
-    others = keras.callbacks.LambdaCallback(on_train_batch_begin=each_batch, on_test_batch_begin=lambda batch, logs: time.sleep(pause))
+    others = keras.callbacks.LambdaCallback(
+        on_epoch_begin=each_epoch, on_train_batch_begin=each_batch, on_test_batch_begin=lambda batch, logs: time.sleep(pause)
+    )
     try:
         history = model.fit(
             Noisy(), shuffle=False, epochs=3, verbose=0, validation_data=(np.tile(X, (3, 1)), np.tile(Y, (3, 1))), validation_batch_size=8,
@@ -2315,8 +2321,6 @@ def train_together(work, layout, *, point=None, how="SIGKILL", checkpoint=True, 
     except SystemExit:
         print("left after batch", ours._batches)
         raise
-    finally:
-        np.savez(os.path.join(work, f"start_{process}.npz"), **start)
     if ours:
         print("steps", ours.checkpoint_manager.all_steps())
     series = {name: np.array(each) for name, each in history.history.items()}
