@@ -21,11 +21,15 @@ Promised:
 - Every array has checksums, so a flipped bit is always found. Then the newest intact checkpoint is taken, with a
   warning, and the damaged one is set aside.
 - On SIGTERM the state is saved within a batch and the process exits with code 143.
+- Several processes save, restore, fall back and stop at the same step. A checkpoint fits any number of processes and
+  devices and any layout, and is read straight into it.
 - Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
 
 Not promised:
 
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
+- Random states and `stateful` of each process, where a run goes on with another number of processes: all take those
+  of process 0.
 - Detection of damage in checkpoints that others wrote, which have no checksums.
 
 On disk, for the newest step 2, readable with plain Orbax:
@@ -33,6 +37,8 @@ On disk, for the newest step 2, readable with plain Orbax:
     /tmp/ckpt/2/_CHECKPOINT_METADATA      Orbax's, with our record under custom_metadata
     /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
+
+With several processes, `default` also has a file `orbax_keras_ckpt.process_<n>` with the random states of each.
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
 """
@@ -1075,8 +1081,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     Args:
         model: The `keras.Model`, on the JAX backend.
-        checkpoint_dir: Directory of the checkpoints, `str` or path-like; relative paths and `~` work.
-            Made if it is not there.
+        checkpoint_dir: Directory of the checkpoints, `str` or path-like; relative paths and `~` work, and
+            `gs://bucket/path`. Made if it is not there. Several processes have to share it.
         max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         monitor: Name of a metric. Then the `max_to_keep` checkpoints that are best by it are kept, and
