@@ -218,6 +218,7 @@ def main():
     parser.add_argument("--gb", type=float, default=0.4, help="size of the state: weights and Adam's two moments")
     parser.add_argument("--variables", type=int, default=8, help="how many weights it consists of")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--brief", action="store_true", help="only this module and Keras's callback")
     parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)  # the process for one candidate
     options = parser.parse_args()
     model = build(options.variables, int((options.gb * 1e9 / 12 / options.variables) ** 0.5))
@@ -228,7 +229,8 @@ def main():
         if options.memory:
             print(json.dumps(memory(options.memory, model, work)))
             return
-        candidates = {name: make(model, tempfile.mkdtemp(dir=work)) for name, make in CANDIDATES.items()}
+        names = ["this module", BASE] if options.brief else CANDIDATES
+        candidates = {name: CANDIDATES[name](model, tempfile.mkdtemp(dir=work)) for name in names}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
             names = list(candidates)
