@@ -1406,7 +1406,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             with self._damage_of(step):
                 record = _Record.from_metadata(_custom_metadata(path))
                 record = record and record.with_part(path / "default")
-                saved = record.variables if record else _foreign_variables(path / "default")
+                saved = record.variables if record else _foreign_variables(_array_folder(path))
             if check is not None:
                 check(step, record)
                 if _GROUPS[3] in saved:
@@ -1457,7 +1457,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
         """The arrays of `sources` by name, and those of stateful objects."""
         wanted = {source.name: kind for source, kind in zip(sources, shardings) if math.prod(source.saved.shape)}
-        arrays = dict(zip(wanted, _read_arrays(path / "default", wanted)))
+        arrays = dict(zip(wanted, _read_arrays(_array_folder(path), wanted)))
         for source in sources:
             array = arrays.get(source.name)
             if array is not None and (array.shape, array.dtype.name) != source.saved[1:]:
@@ -1574,8 +1574,13 @@ def _is_about_the_store(error: BaseException | None) -> bool:
     )
 
 
+def _array_folder(path: epath.Path) -> epath.Path:
+    """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
+    return path / ("pytree" if (path / "pytree").exists() else "default")
+
+
 def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
-    """What there is in a checkpoint without a record, such as those of the guide's own version."""
+    """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
     paths = _tree_paths(directory)
     variables = {group: [] for group in _GROUPS[:3]}
     for path, store in zip(paths, _open_arrays(directory, (path.replace("/", ".") for path in paths))):

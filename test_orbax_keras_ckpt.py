@@ -715,6 +715,21 @@ def test_checkpoints_of_the_guides_version_are_restored_and_continued(tmp_path):
     assert fit(model, 4, callback(model, tmp_path, 5, 4)).epoch == [2, 3]
 
 
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_of_the_callback_of_keras_are_restored(weights_only, tmp_path):
+    if not hasattr(keras.callbacks, "OrbaxCheckpoint"):
+        pytest.skip("this version of Keras has no OrbaxCheckpoint")
+    reference, model = dense_model(), dense_model()
+    theirs = keras.callbacks.OrbaxCheckpoint(tmp_path, monitor="loss", save_weights_only=weights_only)
+    fit(reference, 2, theirs)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    if weights_only:
+        with pytest.raises(CheckpointMismatchError, match="optimizer_variables: .* not in the checkpoint"):
+            manager.restore_state()
+    assert manager.restore_state(weights_only=weights_only) == 1
+    assert_equal(values(model, optimizer=not weights_only), values(reference, optimizer=not weights_only))
+
+
 def test_variables_without_elements_are_kept_apart_from_orbax(tmp_path):
     class Empty(layers.Layer):
         def build(self, shape):
