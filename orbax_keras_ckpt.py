@@ -1985,7 +1985,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     def _is_time(self, batches: int, seconds: float) -> bool:
         """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
-        share = seconds / self._save_freq.total_seconds()
+        share = max(seconds, 1e-9) / self._save_freq.total_seconds()
         if jax.process_count() == 1:
             return share >= 1
         # After as many batches as are to come at this speed, but no more than there have been: it may change.
