@@ -833,7 +833,7 @@ def test_arrays_of_every_dtype_are_read_back_or_found_damaged(compression, tmp_p
         for shape in [(), (1,), (7,), (5, 3), (30, 4, 5, 6)]:
             array = np.asarray(draw.normal(size=shape) * 7).astype(jax.numpy.dtype(dtype))
             arrays[f"{dtype}{len(shape)}{sum(shape)}"] = jax.numpy.asarray(array)
-    handler = orbax_keras_ckpt._tree_handler(compression)
+    handler = orbax_keras_ckpt._tree_handler(orbax_keras_ckpt._ArrayHandler(compression))
     directory = epath.Path(tmp_path / "all")
     ocp.Checkpointer(handler).save(directory, args=ocp.args.PyTreeSave(arrays))
     assert_equal(list(ocp.PyTreeCheckpointer().restore(directory).values()), [arrays[name] for name in sorted(arrays)])
@@ -1744,7 +1744,8 @@ def plain(directory, step):
     """All variables of a checkpoint, by Orbax alone."""
     path = directory / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(path).item_metadata.tree
+        metadata = checkpointer.metadata(path)
+        tree = getattr(metadata, "item_metadata", metadata).tree  # since Orbax 0.11.2x there is more around it
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         tree = checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return {"/".join(key.key for key in path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -1815,7 +1816,7 @@ def test_processes_save_by_the_clock_of_the_first(tmp_path):
     logs = run_together(tmp_path, "data", save_freq="second", max_to_keep=None, pause=0.05)
     steps = [json.loads(re.search(r"steps (.*)", log)[1]) for log in logs]
     assert steps[0] == steps[1] == sorted(int(path.name) for path in (tmp_path / "ckpt").iterdir())
-    assert 3 <= len(steps[0]) <= 15 and steps[0][-1] == 3 * TOGETHER
+    assert 3 <= len(steps[0]) < 2 * TOGETHER and steps[0][-1] == 3 * TOGETHER
 
 
 def flip_in_the_part_of_the_second_process(directory):
@@ -2265,6 +2266,8 @@ def distributed_model(kind):
         keras.distribution.set_distribution(
             keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False)
         )
+    if keras.version() < "3.11" and kind != "none":  # where fit would take nothing but tf.data
+        keras.distribution.distribution()._is_multi_process = False
     seed(0)
     stack = [layers.GaussianNoise(0.1), layers.Dense(2048, name="wide"), layers.BatchNormalization(), layers.Dropout(0.2)]
     model = keras.Sequential([keras.Input((6,)), *stack, layers.Dense(1, name="head")], name="together")
