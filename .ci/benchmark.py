@@ -197,6 +197,8 @@ def memory(name, model, directory):
 
 
 def shown(column, value, state):
+    if math.isnan(value):
+        return "not measured"
     if column in SECONDS:
         return f"{value:.3f} s"
     return f"{value / state:.2f} states" if column in MEMORY else f"{value:.2f}"
