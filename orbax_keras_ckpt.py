@@ -1215,37 +1215,23 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     ) -> bool:
         """Saves everything under `step`. `values` are those of all variables where the model itself has not got them,
         `arrays` belong to stateful objects, `notes` are further fields of the record."""
-        if self._replacing:
-            self.wait_until_finished()
-        if self._is_unfinished(step):
-            self._set_aside(step)
-        if (newest := self.latest_step()) is not None and step <= newest:
-            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-        self._check_newer(step, self.latest_step())
+        self._make_room(step)
         variables = _variables(self._model, metrics=values is not None)
-        processes = jax.process_count()
-        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if processes > 1 else None
-        record = _Record(
-            position=position,
-            variables=_specs(variables),
-            metrics=self._numbers(metrics, step, is_complete=not notes.get("unfinished")),
-            model=self._config(),
-            versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            writer=_writer(),
-            has_arrays=bool(arrays),
-            processes=processes,
-            **notes,
-        )
         if values is None:
             values = _values(members.values() for members in variables.values())
         self._check_is_distributed(values)
+        metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
+        several = jax.process_count() > 1
+        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if several else None
+        notes |= {"position": position, "metrics": metrics, "has_arrays": bool(arrays)}
+        record = self._record(_specs(variables), notes)
         try:
             with _agreed():
                 self._remove_leftovers()
             started = self.save(
                 step,
                 args=ocp.args.Composite(**_items(variables, values, arrays)),
-                metrics=record.metrics if self._monitor is not None else None,
+                metrics=metrics if self._monitor is not None else None,
                 custom_metadata=record.to_metadata(),
                 force=force,
             )
@@ -1256,6 +1242,26 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             raise self._save_error(error) from error
         self._saving = step if started else self._saving
         return started
+
+    def _make_room(self, step: int) -> None:
+        """Raises if the step cannot be saved, because it is not above the newest one."""
+        if self._replacing:
+            self.wait_until_finished()
+        if self._is_unfinished(step):
+            self._set_aside(step)
+        if (newest := self.latest_step()) is not None and step <= newest:
+            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+        self._check_newer(step, self.latest_step())
+
+    def _record(self, variables: dict[str, list[_Spec]], notes: dict[str, Any]) -> _Record:
+        return _Record(
+            variables=variables,
+            model=self._config(),
+            versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
+            writer=_writer(),
+            processes=jax.process_count(),
+            **notes,
+        )
 
     def _numbers(self, metrics: Mapping[str, float] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
