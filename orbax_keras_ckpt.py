@@ -184,6 +184,19 @@ def _crc32(fields: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
+def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """`fields`, of JSON, with their checksum."""
+    return {**fields, "crc32": _crc32(fields)}
+
+
+def _unsealed(sealed: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The inverse of `_sealed`. ValueError if anything has changed."""
+    fields = dict(sealed)
+    if fields.pop("crc32", None) != _crc32(fields):
+        raise ValueError(f"{name} does not have the checksum that it was saved with")
+    return fields
+
+
 @dataclasses.dataclass
 class _Record:
     """What we note beside the arrays, as JSON in Orbax's custom metadata."""
@@ -211,22 +224,20 @@ class _Record:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
         # Logs and configs may hold numpy values.
         plain = json.dumps(fields, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
-        fields = json.loads(plain)
-        return {_RECORD_KEY: {**fields, "crc32": _crc32(fields)}}
+        return {_RECORD_KEY: _sealed(json.loads(plain))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any] | None) -> "_Record | None":
         """The record, or None where another program wrote the checkpoint. ValueError if it is damaged."""
         if _RECORD_KEY not in (metadata or {}):
             return None
-        fields = dict(metadata[_RECORD_KEY])
+        fields = metadata[_RECORD_KEY]
         if (found := fields.get("format", 0)) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
                 f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
             )
-        if fields.pop("crc32", None) != _crc32(fields):
-            raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
+        fields = _unsealed(fields, "our record in _CHECKPOINT_METADATA")
         fields = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
@@ -240,10 +251,7 @@ class _Record:
         if self.processes == 1:
             return self
         name = _PART.format(jax.process_index() if jax.process_count() == self.processes else 0)
-        part = json.loads((directory / name).read_text())
-        if part.pop("crc32", None) != _crc32(part):
-            raise ValueError(f"{name} does not have the checksum that it was saved with")
-        return dataclasses.replace(self, **part)
+        return dataclasses.replace(self, **_unsealed(json.loads((directory / name).read_text()), name))
 
 
 # ----------------------------------------------------------------------------------------------- seams
@@ -423,7 +431,7 @@ def _tree_paths(directory: epath.Path) -> list[str]:
 
 def _jax_owns_sigterm() -> bool:
     """Whether jax.distributed runs, whose handler tells all processes of a SIGTERM to one of them."""
-    return jax._src.distributed.global_state.client is not None  # jax.distributed.is_initialized() since JAX 0.6
+    return jax._src.distributed.global_state.client is not None  # JAX 0.5.0 has no public way to ask
 
 
 # ------------------------------------------------------------------------------------------- processes
@@ -926,7 +934,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         notes = [_ArrayMetadata(name, chunk, chunk) for name, (_, _, chunk) in described.items()]
         await self._array_metadata_store.write(directory, notes, process)
         if part is not None:
-            (directory / _PART.format(process)).write_text(json.dumps(part | {"crc32": _crc32(part)}))
+            (directory / _PART.format(process)).write_text(json.dumps(_sealed(part)))
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
 
@@ -987,8 +995,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_arguments(
-    max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
+    model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
 ) -> None:
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"model={model!r}: give a keras.Model.")
     if max_to_keep is not None and not _is_count(max_to_keep):
         raise ValueError(f"max_to_keep={max_to_keep!r}: give a number of checkpoints, 1 or more, or None to keep all.")
     if not _is_count(steps_per_epoch):
@@ -1008,7 +1018,7 @@ def _check_arguments(
 
 
 def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
-    """The same of a path in a bucket, by both ways that lead there: gcsfs for Orbax and TensorStore for arrays."""
+    """A path in a bucket, checked by both ways that lead there: gcsfs for Orbax and TensorStore for arrays."""
     if not re.match("gs://[^/]+/[^/]", path):
         raise ValueError(
             f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, because Orbax writes to no other. "
@@ -1113,9 +1123,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         **kwargs: Any,
     ):
         _check_backend()
-        if not isinstance(model, keras.Model):
-            raise ValueError(f"model={model!r}: give a keras.Model.")
-        _check_arguments(max_to_keep, steps_per_epoch, monitor, mode, kwargs)
+        _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
         with _agreed():
             directory = _usable_directory(checkpoint_dir, kwargs)
         self._model = model
@@ -1423,13 +1431,13 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                     f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
                     "changed. Build the model as it was saved, use another directory, or restore with strict=False."
                 )
-        shardings = [source.variable.value.sharding for source in sources]
+        wanted = {s.name: s.variable.value.sharding for s in sources if s.variable.value.size}
         if donate:
             for source in sources:
                 if source.variable.value.size:
                     source.variable.value.delete()
         with _agreed(), self._damage_of(step):
-            arrays, others = self._read(path, record, sources, shardings, stateful=check is not None)
+            arrays, others = self._read(path, record, sources, wanted, stateful=check is not None)
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
         for source in sources:
@@ -1458,11 +1466,10 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         path: epath.Path,
         record: _Record | None,
         sources: Sequence[_Source],
-        shardings: Sequence[jax.sharding.Sharding],
+        wanted: Mapping[str, jax.sharding.Sharding],
         stateful: bool,
     ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
-        """The arrays of `sources` by name, and those of stateful objects."""
-        wanted = {source.name: kind for source, kind in zip(sources, shardings) if math.prod(source.saved.shape)}
+        """The arrays of `sources` by name, into the shardings that are wanted, and those of stateful objects."""
         arrays = dict(zip(wanted, _read_arrays(_array_folder(path), wanted)))
         for source in sources:
             array = arrays.get(source.name)

@@ -152,6 +152,12 @@ def redirected(log, program, arguments, options):
         raise SystemExit(1) from None
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def script(*arguments, check=True, **kwargs):
     """Runs this file as a program of its own."""
     done = subprocess.run(
@@ -1671,9 +1677,7 @@ def test_states_survive_json():
 @pytest.fixture(scope="module")
 def cycle():
     """What has come of `bucket_cycle` in a bucket of an emulator."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = f"http://localhost:{port}"
     environment = {
         **os.environ,
@@ -1722,9 +1726,7 @@ class Group:
 
     def __init__(self, work, program, *arguments, processes=2, devices=2, **options):
         work.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         logs = [work / f"process_{process}.log" for process in range(processes)]
         start = [(log, among, process, processes, devices, address, program, str(work)) for process, log in enumerate(logs)]
         self.members = [Process(*each, *arguments, **options) for each in start]
