@@ -403,8 +403,8 @@ def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
     texts = {sharding: kinds[type(sharding)].from_jax_sharding(sharding).to_serialized_string() for sharding in known}
     return json.dumps(
         {
-            base64.urlsafe_b64encode(path.replace("/", ".").encode()).decode(): texts[sharding]
-            for path, sharding in shardings.items()
+            base64.urlsafe_b64encode(name.encode()).decode(): texts[sharding]
+            for name, sharding in shardings.items()
             if sharding in known
         }
     )
@@ -532,15 +532,6 @@ def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             node = node.setdefault(folder, {})
         node[name] = leaf
     return tree
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The inverse of `_nest`."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
 
 
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
