@@ -68,6 +68,7 @@ import time
 import types
 import uuid
 import warnings
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -78,7 +79,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
-from jax.experimental import multihost_utils
 
 __all__ = [
     "CheckpointCorruptError",
@@ -429,23 +429,29 @@ def _tree_paths(directory: epath.Path) -> list[str]:
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
-def _jax_owns_sigterm() -> bool:
-    """Whether jax.distributed runs, whose handler tells all processes of a SIGTERM to one of them."""
-    return jax._src.distributed.global_state.client is not None  # JAX 0.5.0 has no public way to ask
+def _jax_client() -> Any:
+    """What connects the processes of jax.distributed, None without it. While it runs, JAX owns SIGTERM."""
+    return jax._src.distributed.global_state.client  # JAX 0.5.0 has no public way to ask
 
 
 # ------------------------------------------------------------------------------------------- processes
 # All of them save, restore and fall back together. Process 0 alone prints, warns, renames and deletes.
 
+_GATHERINGS = itertools.count()
+_PATIENCE_MS = 3_600_000  # for the slowest process; when one has died, JAX ends the others long before
+
 
 def _gather(value: Any) -> list[Any]:
-    """`value`, of JSON, of every process. All have to call it; 4 ms for two processes on one machine."""
+    """`value`, of JSON, of every process. All have to call it."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    longest = int(np.max(multihost_utils.process_allgather(np.int32(text.size))))
-    padded = np.pad(text, (0, -(-longest // 1024) * 1024 - text.size))  # XLA compiles for each size
-    return [json.loads(row.tobytes().rstrip(b"\0")) for row in multihost_utils.process_allgather(padded)]
+    # Not by a collective: on a CPU, JAX may run two of them in another order in each process.
+    client, number, process = _jax_client(), next(_GATHERINGS), jax.process_index()
+    client.key_value_set(f"{_RECORD_KEY}/{number}/{process}", json.dumps(value))
+    keys = [f"{_RECORD_KEY}/{number}/{each}" for each in range(jax.process_count())]
+    values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
+    client.key_value_delete(f"{_RECORD_KEY}/{number - 1}/{process}")  # which all have read who are here
+    return values
 
 
 @contextlib.contextmanager
@@ -1057,6 +1063,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return epath.Path(path)
 
 
+_MANAGERS = weakref.WeakSet()  # of this process: the saves of one may be on their way while another looks
 _ABANDONED_SECONDS = 24 * 3600.0  # without a change, for a temporary folder that another host has made
 
 
@@ -1140,6 +1147,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 **{"async_options": ocp.AsyncOptions(create_directories_asynchronously=False), **kwargs},
             ),
         )
+        _MANAGERS.add(self)
 
     def _retention(self, max_to_keep: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The options that say what is kept; takes those that it replaces out of `kwargs`."""
@@ -1384,7 +1392,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     def _found(self) -> dict[int, epath.Path]:
         """All steps that there are, and where: the same on all processes."""
         with _agreed():
-            self.wait_until_finished()
+            for manager in [each for each in _MANAGERS if each.directory == self.directory]:
+                manager.wait_until_finished()
         with _agreed():
             _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
             self.reload()  # others may have written since we looked
@@ -2042,7 +2051,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     # Signals.
     def _catch_signals(self) -> None:
         self._received, self._earlier_handlers = None, {}
-        if _jax_owns_sigterm():
+        if _jax_client() is not None:
             self.checkpoint_manager._fitting = True
             if others := [number.name for number in self._signals if number != signal.SIGTERM]:
                 _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=2)
@@ -2059,7 +2068,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     def _is_stopped(self) -> bool:
         """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
-        if _jax_owns_sigterm() and signal.SIGTERM in self._signals and ocp.multihost.reached_preemption(next(_CALLS)):
+        asks_jax = _jax_client() is not None and signal.SIGTERM in self._signals
+        if asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
             self._received = signal.SIGTERM
         return self._received is not None
 

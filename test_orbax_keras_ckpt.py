@@ -36,7 +36,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax.experimental import multihost_utils
 from keras import layers
 
 import orbax_keras_ckpt
@@ -613,6 +612,13 @@ def test_second_model_of_a_process_restores_by_path(trained):
 def named_blocks(names):
     blocks = [layers.Dense(6, name=name) for name in names]
     return compiled(keras.Sequential([keras.Input((6,)), *blocks, layers.Dense(1)]))
+
+
+def test_save_of_another_manager_that_is_on_its_way_is_waited_for(tmp_path):
+    model = dense_model(300_000)
+    managers = [KerasOrbaxCheckpointManager(model, tmp_path) for _ in range(2)]
+    managers[0].save_state(0)
+    assert managers[1].all_steps() == [] and managers[1].restore_state() == 0
 
 
 def test_names_that_the_user_gave_are_never_matched_by_position(tmp_path):
@@ -2228,6 +2234,7 @@ def among(process, processes, devices, address, program, work, *arguments, heart
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # gloo may confuse two collectives in JAX 0.5
         keras.utils.set_random_seed(0)
         if heartbeat is None:
             keras.distribution.initialize(address, processes, process)
@@ -2280,8 +2287,12 @@ def gathered(model):
     """All variables by path, whole."""
     groups = ("trainable_variables", "non_trainable_variables", "optimizer_variables")
     members = (model.trainable_variables, model.non_trainable_variables, model.optimizer.variables)
-    named = [(f"{group}/{v.path}", v.value) for group, variables in zip(groups, members) for v in variables]
-    return {path: np.asarray(multihost_utils.process_allgather(value, tiled=True)) for path, value in named}
+    named = {f"{group}/{v.path}": v.value for group, variables in zip(groups, members) for v in variables}
+    if jax.process_count() > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), "all")
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        named = jax.block_until_ready(jax.jit(lambda tree: tree, out_shardings=whole)(named))  # one after the other
+    return {path: np.asarray(value) for path, value in named.items()}
 
 
 class Own:
