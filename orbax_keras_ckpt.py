@@ -43,6 +43,12 @@ With several processes, `default` also has a file `orbax_keras_ckpt.process_<n>`
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
 """
 
+import os
+
+if __name__ == "__main__":  # the command line: whatever the user's settings are, and beside a run that has the GPU
+    os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+
+import argparse
 import base64
 import collections
 import concurrent.futures
@@ -52,11 +58,12 @@ import datetime
 import difflib
 import errno
 import functools
+import io
 import itertools
 import json
 import math
 import numbers
-import os
+import pathlib
 import random
 import re
 import signal
@@ -69,6 +76,7 @@ import types
 import uuid
 import warnings
 import weakref
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -86,6 +94,7 @@ __all__ = [
     "CheckpointMismatchError",
     "KerasOrbaxCheckpointManager",
     "OrbaxCheckpointCallback",
+    "load_model",
 ]
 __version__ = "0.2.0"
 
@@ -216,22 +225,24 @@ class _Record:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     writer: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_arrays: bool = False  # of stateful objects
+    has_assets: bool = False  # of layers
+    monitor: list[str] | None = None  # what decides which checkpoint is best, and "min" or "max"
     processes: int = 1  # with several, each has left its own random states and stateful objects in a file of its own
 
     OWN = ("random", "epoch_random", "stream_random", "stateful")
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
-        # Logs and configs may hold numpy values.
+        # Logs may hold numpy values.
         plain = json.dumps(fields, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
         return {_RECORD_KEY: _sealed(json.loads(plain))}
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, Any] | None) -> "_Record | None":
-        """The record, or None where another program wrote the checkpoint. ValueError if it is damaged."""
-        if _RECORD_KEY not in (metadata or {}):
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> "_Record | None":
+        """The record in `_CHECKPOINT_METADATA`; None where others wrote the checkpoint. ValueError if it is damaged."""
+        fields = (metadata.get("custom_metadata") or {}).get(_RECORD_KEY)
+        if fields is None:
             return None
-        fields = metadata[_RECORD_KEY]
         if (found := fields.get("format", 0)) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
@@ -246,11 +257,13 @@ class _Record:
         }
         return cls(**fields)
 
-    def with_part(self, directory: epath.Path) -> "_Record":
+    def with_part(self, directory: epath.Path, process: int | None = None) -> "_Record":
         """The record with what this process has saved; or process 0, if there were more or fewer processes then."""
         if self.processes == 1:
             return self
-        name = _PART.format(jax.process_index() if jax.process_count() == self.processes else 0)
+        if process is None:
+            process = jax.process_index() if jax.process_count() == self.processes else 0
+        name = _PART.format(process)
         return dataclasses.replace(self, **_unsealed(json.loads((directory / name).read_text()), name))
 
 
@@ -359,9 +372,9 @@ def _move(path: epath.Path, target: epath.Path) -> None:
         path.rename(target)
 
 
-def _custom_metadata(path: epath.Path) -> dict[str, Any]:
-    """What Orbax keeps for us beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
-    return json.loads((path / "_CHECKPOINT_METADATA").read_text()).get("custom_metadata")
+def _step_metadata(path: epath.Path) -> dict[str, Any]:
+    """What Orbax keeps beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
+    return json.loads((path / "_CHECKPOINT_METADATA").read_text())
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
@@ -376,6 +389,40 @@ def _set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> 
     from keras.src.backend.common import global_state
 
     global_state.set_global_attribute("global_seed_generator", generator)
+
+
+@contextlib.contextmanager
+def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: bool = True) -> Iterator[None]:
+    """While it lasts, Keras writes and makes objects as for its own files: once, where several layers share one."""
+    from keras.src.saving import serialization_lib
+
+    names = keras.saving.custom_object_scope(custom_objects or {})
+    with serialization_lib.ObjectSharingScope(), serialization_lib.SafeModeScope(safe_mode), names:
+        yield
+
+
+def _rename(variable: keras.Variable, path: str) -> None:
+    variable._path = path  # what Keras makes from a config has shorter paths than what it was made from
+
+
+def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
+    """Lets everything in a model save its assets into a folder, or load them, as Keras does for its own files."""
+    from keras.src.saving import saving_lib
+
+    class NoWeights(saving_lib.NpzIOStore):  # None is refused by Keras 3.10
+        def __init__(self):
+            self.contents = {}
+
+        def __bool__(self):
+            return False
+
+    assets = saving_lib.DiskIOStore(folder, mode="r")
+    if not load:
+        saving_lib._save_state(model, NoWeights(), assets, "", set())
+        return
+    saving_lib._load_state(model, NoWeights(), assets, "", False, set(), set(), errors := {})
+    for _, error in errors.values():
+        raise error
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
@@ -548,8 +595,9 @@ def _items(
     variables: Mapping[str, Mapping[str, keras.Variable]],
     values: Iterable[list[jax.Array]],
     arrays: Sequence[np.ndarray],
+    assets: bytes,
 ) -> dict[str, ocp.args.PyTreeSave]:
-    """What Orbax is to save: the state tree with these values, and the arrays of stateful objects if there are any."""
+    """What Orbax is to save: the state tree with these values, and what there is of stateful objects and of assets."""
     # Orbax refuses arrays without elements; the record says all there is to say about them.
     tree = {
         group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
@@ -560,6 +608,12 @@ def _items(
         with _x64():
             copies = jax.device_put(list(arrays), jax.local_devices(backend="cpu")[0])
         items["stateful"] = ocp.args.PyTreeSave({f"{i:04}": array for i, array in enumerate(copies)})
+    if assets:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), "all")  # one array of all processes, which the first writes
+        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        data = np.frombuffer(assets, np.uint8)
+        array = jax.make_array_from_callback(data.shape, whole, data.__getitem__)
+        items["assets"] = ocp.args.PyTreeSave({"zip": array})
     return items
 
 
@@ -629,6 +683,16 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
     return result
 
 
+def _array_name(group: str, path: str) -> str:
+    """That of an array on disk."""
+    return f"{group}/{path}".replace("/", ".")
+
+
+def _check_array(name: str, array: Any, spec: _Spec) -> None:
+    if (tuple(array.shape), array.dtype.name) != spec[1:]:
+        raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
+
+
 class _Source(NamedTuple):
     """A live variable and the saved one that it takes its value from."""
 
@@ -639,7 +703,7 @@ class _Source(NamedTuple):
     @property
     def name(self) -> str:
         """That of the array on disk."""
-        return f"{self.group}/{self.saved.path}".replace("/", ".")
+        return _array_name(self.group, self.saved.path)
 
 
 def _compare(
@@ -976,6 +1040,79 @@ def _read_arrays(directory: epath.Path, shardings: Mapping[str, jax.sharding.Sha
         return list(pool.map(read, _open_arrays(directory, shardings), shardings.values()))
 
 
+def _read_all(directory: epath.Path) -> list[np.ndarray]:
+    """All arrays of a tree, by the order of their names."""
+    return [store.read().result() for store in _open_arrays(directory, sorted(_tree_paths(directory)))]
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+def _described(model: keras.Model) -> tuple[dict[str, Any], bytes]:
+    """The model as Keras's JSON, and its assets; or why there is none."""
+    try:
+        with _serialization(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of lambdas: load_model() refuses them
+            config, policy = map(keras.saving.serialize_keras_object, (model, model.dtype_policy))
+            return json.loads(json.dumps({**config, "dtype_policy": policy})), _saved_assets(model)
+    except Exception as error:  # any, from the user's own get_config(); saving goes on without
+        return {"error": f"{type(error).__name__}: {error}"}, b""
+
+
+def _saved_assets(model: keras.Model) -> bytes:
+    """The assets of a model, such as vocabularies, as a zip file. Empty if there are none."""
+    archive = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        _walk_assets(model, folder)
+        files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+        with zipfile.ZipFile(archive, "w") as target:
+            for path in files:
+                target.write(path, path.relative_to(folder))
+    return archive.getvalue() if files else b""
+
+
+def _rebuilt(record: _Record, assets: bytes, compile: bool, **scope: Any) -> keras.Model:
+    """The model that was described, with variables of the same paths, but not of the same values."""
+    earlier = keras.config.dtype_policy()
+    with _serialization(**scope), contextlib.ExitStack() as stack:
+        stack.callback(keras.config.set_dtype_policy, earlier)  # by the model's own, Keras scales the loss or does not
+        keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
+        model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
+        if assets:
+            with tempfile.TemporaryDirectory() as folder:
+                zipfile.ZipFile(io.BytesIO(assets)).extractall(folder)
+                _walk_assets(model, folder, load=True)
+        for group in _GROUPS[:2]:
+            variables, paths = getattr(model, group), [spec.path for spec in record.variables[group]]
+            for live, saved in _pair_ends([variable.path for variable in variables], paths).items():
+                _rename(variables[live], paths[saved])
+        if compile and record.model.get("compile_config"):
+            model.compile_from_config(record.model["compile_config"])
+            model.compiled = True
+    return model
+
+
+def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
+    """{live: saved} of the places of paths, for two models of one config.
+
+    These have their layers in the same order, but not with the same numbers. A layer may have its variables in another
+    order; their names then tell which is which.
+    """
+    pairs, left = {}, (set(range(len(live))), set(range(len(saved))))
+    for length in (2, 1):  # of the names that have to agree
+        ends = collections.defaultdict(lambda: ([], []))
+        for side, paths in enumerate((live, saved)):
+            for place in sorted(left[side]):
+                names = paths[place].split("/")[-length:]
+                ends[tuple(_AUTOMATIC_SUFFIX.sub("", name) for name in names)][side].append(place)
+        for places in ends.values():
+            if len(places[0]) == len(places[1]):
+                pairs.update(zip(*places))
+                left[0].difference_update(places[0])
+                left[1].difference_update(places[1])
+    return pairs
+
+
 # --------------------------------------------------------------------------------------------- manager
 
 
@@ -1073,6 +1210,9 @@ class _Restored(NamedTuple):
     arrays: list[np.ndarray]  # of the stateful objects
 
 
+_VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
+
+
 class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     """Saves and restores the state of a Keras model with Orbax.
 
@@ -1128,7 +1268,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
         self._mode = mode
-        self._model_config = None
+        self._description = None
         self._read_only = bool(kwargs.get("read_only"))
         self._saving = None  # the step whose save was started last
         self._fitting = False  # the callback asks JAX for signals then
@@ -1138,7 +1278,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             directory,
             item_handlers={
                 "default": _tree_handler(self._arrays),
-                "stateful": _tree_handler(_ArrayHandler(compression)),
+                **{item: _tree_handler(_ArrayHandler(compression)) for item in ("stateful", "assets")},
             },
             # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
             # them for minutes, even when the process ends.
@@ -1186,8 +1326,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and forgets what may have changed since the last run."""
-        self._check_is_distributed(_values([self._model.variables]))
-        self._model_config = None
+        self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
+        self._description = None
         if self._monitor is not None:
             self._resolved_mode()
 
@@ -1230,14 +1370,17 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
         several = jax.process_count() > 1
         self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if several else None
+        if self._description is None:  # it takes a while
+            self._description = _described(self._model)
+        config, assets = self._description
         notes |= {"position": position, "metrics": metrics, "has_arrays": bool(arrays)}
-        record = self._record(_specs(variables), notes)
+        record = self._record(_specs(variables), model=config, has_assets=bool(assets), **notes)
         try:
             with _agreed():
                 self._remove_leftovers()
             started = self.save(
                 step,
-                args=ocp.args.Composite(**_items(variables, values, arrays)),
+                args=ocp.args.Composite(**_items(variables, values, arrays, assets)),
                 metrics=metrics if self._monitor is not None else None,
                 custom_metadata=record.to_metadata(),
                 force=force,
@@ -1260,10 +1403,10 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
         self._check_newer(step, self.latest_step())
 
-    def _record(self, variables: dict[str, list[_Spec]], notes: dict[str, Any]) -> _Record:
+    def _record(self, variables: dict[str, list[_Spec]], **notes: Any) -> _Record:
         return _Record(
             variables=variables,
-            model=self._config(),
+            monitor=self._monitor and [self._monitor, self._resolved_mode()],
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
             writer=_writer(),
             processes=jax.process_count(),
@@ -1287,7 +1430,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             return False
         with _agreed():
             self.wait_until_finished()
-            record = _Record.from_metadata(_custom_metadata(_steps_in(self, self.directory)[step]))
+            record = _Record.from_metadata(_step_metadata(_steps_in(self, self.directory)[step]))
         return record is not None and record.unfinished
 
     def _set_aside(self, step: int) -> None:
@@ -1309,15 +1452,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
                 "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
             )
-
-    def _config(self) -> dict[str, Any]:
-        """The model as Keras's JSON, or why there is none; made once, it takes a while."""
-        if self._model_config is None:
-            try:
-                self._model_config = keras.saving.serialize_keras_object(self._model)
-            except Exception as error:  # any, from the user's own get_config(); saving goes on without
-                self._model_config = {"error": f"{type(error).__name__}: {error}"}
-        return self._model_config
 
     def restore_state(
         self, step: int | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
@@ -1344,23 +1478,23 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             FileNotFoundError: There is no checkpoint of that step.
             OSError: The directory cannot be reached, which is not taken for damage.
         """
-        found = self._restore(step, weights_only=weights_only, strict=strict, donate=donate)
+        variables = _variables(self._model, optimizer=not weights_only)
+        found = self._restore(step, lambda *_: variables, strict=strict, donate=donate)
         return None if found is None else found.step
 
     def _restore(
         self,
         step: int | None,
+        variables_for: _VariablesFor,
         *,
-        weights_only: bool = False,
         strict: bool = True,
         donate: bool = False,
-        check: Callable[[int, _Record | None], None] | None = None,
+        stateful: bool = False,
     ) -> "_Restored | None":
         """The newest step that is intact, or that step. None where the directory is empty.
 
-        With `check`, all that belongs to a run is read.
+        `variables_for` a step, its record and its folder are given its values; what it raises is raised.
         """
-        variables = _variables(self._model, optimizer=not weights_only)
         steps = self._found()
         if step is not None and step not in steps:
             raise FileNotFoundError(
@@ -1369,7 +1503,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         damaged = {}
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
-                restored = self._restore_one(candidate, steps[candidate], variables, strict, donate, check)
+                restored = self._restore_one(candidate, steps[candidate], variables_for, strict, donate, stateful)
             except CheckpointCorruptError as error:
                 if step is not None:
                     raise
@@ -1410,22 +1544,18 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self,
         step: int,
         path: epath.Path,
-        variables: dict[str, dict[str, keras.Variable]],
+        variables_for: _VariablesFor,
         strict: bool,
         donate: bool,
-        check: Callable[[int, _Record | None], None] | None,
+        stateful: bool,
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with _agreed():
             with self._damage_of(step):
-                record = _Record.from_metadata(_custom_metadata(path))
+                record = _Record.from_metadata(_step_metadata(path))
                 record = record and record.with_part(path / "default")
                 saved = record.variables if record else _foreign_variables(_array_folder(path))
-            if check is not None:
-                check(step, record)
-                if _GROUPS[3] in saved:
-                    variables = _variables(self._model, metrics=True)
-            sources, differences = _compare(variables, saved, strict)
+            sources, differences = _compare(variables_for(step, record, path), saved, strict)
             if differences and strict:
                 raise CheckpointMismatchError(
                     f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
@@ -1437,7 +1567,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 if source.variable.value.size:
                     source.variable.value.delete()
         with _agreed(), self._damage_of(step):
-            arrays, others = self._read(path, record, sources, wanted, stateful=check is not None)
+            arrays, others = self._read(path, record, sources, wanted, stateful)
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
         for source in sources:
@@ -1472,13 +1602,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """The arrays of `sources` by name, into the shardings that are wanted, and those of stateful objects."""
         arrays = dict(zip(wanted, _read_arrays(_array_folder(path), wanted)))
         for source in sources:
-            array = arrays.get(source.name)
-            if array is not None and (array.shape, array.dtype.name) != source.saved[1:]:
-                raise ValueError(f"{source.name!r} is {array.dtype.name}{array.shape}, which is not what was saved")
+            if source.name in arrays:
+                _check_array(source.name, arrays[source.name], source.saved)
         if not (stateful and record is not None and record.has_arrays):
             return arrays, []
-        names = sorted(_tree_paths(path / "stateful"))
-        return arrays, [store.read().result() for store in _open_arrays(path / "stateful", names)]
+        return arrays, _read_all(path / "stateful")
 
     def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Their numbers are free then; nothing is deleted."""
@@ -1554,7 +1682,7 @@ def _is_abandoned(path: epath.Path) -> bool:
     except FileNotFoundError:
         return False  # it was committed meanwhile
     try:
-        writer = _custom_metadata(path)[_RECORD_KEY]["writer"]
+        writer = _step_metadata(path)["custom_metadata"][_RECORD_KEY]["writer"]
     except (OSError, ValueError, LookupError, TypeError):  # not even that is written, or it is not ours
         writer = {}
     if writer.get("host") != _writer()["host"]:
@@ -1603,6 +1731,69 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
         if group in variables:
             variables[group].append(_Spec(rest, store.shape, store.dtype.name))
     return variables
+
+
+def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
+    """A manager that changes nothing, for a model that is not known yet."""
+    return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+
+
+def load_model(
+    checkpoint_dir: str | os.PathLike,
+    step: int | None = None,
+    *,
+    custom_objects: Mapping[str, Any] | None = None,
+    compile: bool = True,
+    safe_mode: bool = True,
+) -> keras.Model:
+    """Builds the model that was saved in a directory, with all its state, from the directory alone.
+
+    Works for every model that Keras can save as `.keras`, with the assets of its layers. Reads only:
+    damaged steps are passed over with a warning, and stay where they are.
+
+    Example:
+
+    >>> load_model("/tmp/ckpt").save("/tmp/model.keras")
+
+    Args:
+        checkpoint_dir: As in `KerasOrbaxCheckpointManager`.
+        step: The step, None for the newest that is intact. Defaults to None.
+        custom_objects: Own classes and functions by name, where they are not registered with Keras.
+            Defaults to None.
+        compile: Whether to compile the model as it was, with the optimizer's state. Defaults to True.
+        safe_mode: Whether to refuse code inside the config, such as lambdas, as in
+            `keras.saving.load_model`. Defaults to True.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        CheckpointError: The checkpoint does not say how to build its model. The text says why.
+        CheckpointCorruptError: `step` is damaged, or without it, all steps are.
+        ValueError, TypeError: From Keras, which cannot make the model from its config.
+    """
+    _check_backend()
+    with _reader(checkpoint_dir) as reader:
+
+        def variables_for(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
+            problem = "another program wrote it" if record is None else record.model.get("error")
+            if problem is None:
+                with reader._damage_of(step):
+                    assets = _read_all(path / "assets")[0].tobytes() if record.has_assets else b""
+                model = _rebuilt(record, assets, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+                if model.built:
+                    reader._model = model
+                    return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+                problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+            raise CheckpointError(
+                f"Step {step} in {reader.directory} has no config that makes its model: {problem}. Make the model as "
+                "its script does, and give it the state by KerasOrbaxCheckpointManager.restore_state()."
+            )
+
+        if reader._restore(step, variables_for, donate=True) is None:
+            raise FileNotFoundError(f"There is no checkpoint in {reader.directory}.")
+        return reader._model
 
 
 # -------------------------------------------------------------------------------------------- callback
@@ -1744,7 +1935,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             )
         manager._start_run()
         self._first_epoch, self._start = 0, _Position(0, batches=0)
-        self._resume = restored = manager._restore(None, donate=True, check=self._plan)
+        self._resume = restored = manager._restore(None, self._plan, donate=True, stateful=True)
         self._record, start = restored.record if restored else None, self._start
         # Another callback may change variables before or while batches are read past.
         self._values = _values(_train_state(model))
@@ -2083,8 +2274,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             earlier(number, None)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    def _plan(self, step: int, record: _Record | None) -> None:
-        """Where the run continues after `step`. Raises if it cannot."""
+    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
+        """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
         manager, epochs = self.checkpoint_manager, self.params["epochs"]
         self._check_stateful(record)
         start = record.position if record else _Position(step // manager._steps_per_epoch + 1)
@@ -2097,6 +2288,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._start, self._first_epoch = start, max(start.epoch, epochs) if is_stopped else start.epoch
         if self._first_epoch < epochs and not (record and record.unfinished):
             manager._check_newer(self._step(start.epoch, self._batches_at(start) + 1), step)
+        return _variables(self._fitted_model, metrics=record is not None and _GROUPS[3] in record.variables)
 
     def _check_stateful(self, record: _Record | None) -> None:
         saved = None if record is None or record.stateful is None else [each["name"] for each in record.stateful]
@@ -2127,3 +2319,107 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"\n{line}" if line.startswith("Save") and self.params.get("verbose") in ("auto", 1) else line,
                 flush=True,
             )
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+_COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", "")
+
+
+def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
+    """What is to be said of a step, by column. Variables and parameters are those of the model alone."""
+    nanoseconds = _step_metadata(path)["commit_timestamp_nsecs"]
+    saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ")
+    groups = record.variables if record else _foreign_variables(_array_folder(path))
+    weights = [spec for group in _GROUPS[:2] for spec in groups[group]]
+    parameters = sum(math.prod(spec.shape) for spec in weights)
+    counts = [f"{_size(path) / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
+    if record is None:
+        return [str(step), "?", "?", saved, *counts, "", "of another program"]
+    epoch, batch, _ = record.position
+    metrics = " ".join(f"{name}={value:.4g}" for name, value in (record.metrics or {}).items())
+    return [str(step), str(epoch + (batch > 0)), str(batch or "end"), saved, *counts, metrics, ""]
+
+
+def _size(path: epath.Path) -> int:
+    """Bytes in a directory."""
+    return sum(_size(each) if each.is_dir() else each.stat().length for each in _entries(path))
+
+
+def _best(records: Mapping[int, _Record]) -> int | None:
+    """The step that is best by what was monitored in the newest one."""
+    monitor, mode = records[max(records)].monitor or (None, "min") if records else (None, "min")
+    values = {step: (record.metrics or {}).get(monitor, math.nan) for step, record in records.items()}
+    values = {step: value for step, value in values.items() if not math.isnan(value)}
+    return (max if mode == "max" else min)(values, key=values.get, default=None)
+
+
+def _verify(path: epath.Path, record: _Record | None) -> None:
+    """Reads all that there is of a step, with a progress bar. Raises where something is damaged."""
+    folder = _array_folder(path)
+    groups = record.variables if record else _foreign_variables(folder)
+    specs = {_array_name(group, spec.path): spec for group, members in groups.items() for spec in members}
+    specs = {name: spec for name, spec in specs.items() if math.prod(spec.shape)}
+    stores = _open_arrays(folder, specs)
+    for name, spec, store in zip(specs, specs.values(), stores):
+        _check_array(name, store, spec)
+    for item, is_there in (("stateful", record.has_arrays), ("assets", record.has_assets)) if record else ():
+        stores += _open_arrays(path / item, _tree_paths(path / item)) if is_there else []
+    progress = keras.utils.Progbar(len(stores), unit_name="array")
+    for store in stores:
+        store.read().result()
+        progress.add(1)
+    for process in range(record.processes if record else 0):
+        record.with_part(folder, process)
+
+
+def _look(directory: str, verify: bool) -> bool:
+    """Prints a table of what is in a directory. Whether all of it is intact, as far as that has been looked at."""
+    rows, records, damaged = [], {}, {}
+    with _reader(directory) as reader:
+        steps = sorted(reader._found().items())
+        if not steps:
+            raise FileNotFoundError("no checkpoint is there")
+        for step, path in steps:
+            try:
+                with reader._damage_of(step):
+                    record = _Record.from_metadata(_step_metadata(path))
+                    rows.append(_row(step, path, record))
+                records |= {step: record} if record else {}
+            except CheckpointCorruptError as error:
+                rows.append([str(step), *"??????", "", "damaged"])
+                damaged[step] = error
+        best = _best(records)
+        for row, (step, _) in zip(rows, steps):
+            row[-1] = ", ".join(filter(None, [row[-1], "best" * (step == best), "newest" * (step == steps[-1][0])]))
+        for row in (table := [list(_COLUMNS), *rows]):
+            widths = [max(map(len, column)) for column in zip(*table)]
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        for step, path in steps if verify else ():
+            try:
+                with reader._damage_of(step):
+                    print(f"Step {step}:", flush=True)
+                    _verify(path, records.get(step))
+            except CheckpointCorruptError as error:
+                damaged[step] = error
+    for error in damaged.values():
+        print(error, flush=True)
+    if verify and not damaged:
+        print(f"All arrays of {len(steps)} checkpoints are intact.")
+    return not damaged
+
+
+def _main() -> int:
+    parser = argparse.ArgumentParser(description="Lists the checkpoints in a directory. Changes nothing.")
+    parser.add_argument("directory", metavar="DIR", help="a path, or gs://bucket/path")
+    parser.add_argument("--verify", action="store_true", help="read every array and check it; exit code 1 on damage")
+    arguments = parser.parse_args()
+    try:
+        return 0 if _look(arguments.directory, arguments.verify) else 1
+    except (OSError, CheckpointError, ValueError) as error:
+        print(f"{arguments.directory}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -45,6 +45,7 @@ from orbax_keras_ckpt import (
     CheckpointMismatchError,
     KerasOrbaxCheckpointManager,
     OrbaxCheckpointCallback,
+    load_model,
 )
 
 HERE = pathlib.Path(__file__).parent
@@ -170,8 +171,8 @@ def script(*arguments, check=True, **kwargs):
 
 
 class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
         self.blocks = [layers.Dense(4, activation="relu") for _ in range(2)]
         self.dropout = layers.Dropout(0.2)
         self.head = layers.Dense(1)
@@ -254,10 +255,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_interrupted_run_equals_uninterrupted_run(kind, tmp_path):
+def skip_where_missing(kind):
     if kind == "int4" and keras.version() < "3.12":
         pytest.skip("Keras has int4 for Dense layers with LoRA since 3.12")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_interrupted_run_equals_uninterrupted_run(kind, tmp_path):
+    skip_where_missing(kind)
     x = SEQUENCES if "recurrent" in kind else X
 
     def run(epochs, *directory):
@@ -770,6 +775,121 @@ def test_model_without_config_trains_and_resumes(tmp_path):
     assert "no config here" in record["model"]["error"]
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path)).epoch == [0, 1]
+    with pytest.raises(CheckpointError, match="Step 1 .* has no config that makes its model: .*no config here"):
+        load_model(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- models from config
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_loaded_model_is_the_saved_one_and_trains_on_in_its_place(kind, tmp_path):
+    skip_where_missing(kind)
+    x = SEQUENCES if "recurrent" in kind else X
+    seed(3)
+    model = MODELS[kind]()
+    fit(model, 2, callback(model, tmp_path / "saved"), x=x, validation_split=0.25)
+    copy = shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+    KerasOrbaxCheckpointManager(model, copy).restore_state()  # a moving average has replaced the weights
+    keras.utils.clear_session()  # as in a new process
+    loaded = load_model(copy, custom_objects={"Subclassed": Subclassed})
+    assert_equal(values(loaded), values(model))
+    histories = [
+        fit(each, 3, callback(each, directory), x=x, validation_split=0.25).history
+        for each, directory in ((model, tmp_path / "saved"), (loaded, copy))
+    ]
+    assert_equal(values(loaded), values(model))
+    assert histories[0] == histories[1]
+
+
+class Vocabulary(layers.Layer):
+    """Has its words from the data, and not in its config."""
+
+    words = ()
+
+    def call(self, x):
+        return x * len(self.words)
+
+    def save_assets(self, folder):
+        pathlib.Path(folder, "words.txt").write_text("\n".join(self.words))
+
+    def load_assets(self, folder):
+        self.words = pathlib.Path(folder, "words.txt").read_text().split("\n")
+
+
+def with_vocabularies():
+    words, more = Vocabulary(name="words"), Vocabulary(name="more")
+    words.words, more.words = ["a", "b"], ["c", "d", "e"]
+    inputs, inner = keras.Input((6,)), keras.Sequential([more, layers.Dense(1)], name="inner")
+    return compiled(keras.Model(inputs, inner(words(inputs))))
+
+
+def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path):
+    model = with_vocabularies()
+    fit(model, 2, callback(model, tmp_path))
+    assert sorted(path.name for path in (tmp_path / "1").iterdir() if path.is_dir()) == ["assets", "default"]
+    loaded = load_model(tmp_path, custom_objects={"Vocabulary": Vocabulary})
+    assert loaded.get_layer("words").words == ["a", "b"]
+    assert loaded.get_layer("inner").layers[0].words == ["c", "d", "e"]
+    assert_equal(values(loaded), values(model))
+    loaded.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras", custom_objects={"Vocabulary": Vocabulary})
+    assert again.get_layer("words").words == ["a", "b"]
+    assert_equal(values(again), values(model))
+    again = with_vocabularies()
+    assert KerasOrbaxCheckpointManager(again, tmp_path).restore_state() == 1  # the script makes them itself
+    flip(data_file(tmp_path / "1/assets"), 8 * 100)
+    with pytest.warns(UserWarning, match="Step 0 is restored, because newer ones are damaged"):
+        load_model(tmp_path, custom_objects={"Vocabulary": Vocabulary})
+
+
+def test_load_model_takes_any_step_and_changes_nothing(trained, tmp_path):
+    directory = copy_of(trained, tmp_path)
+    flip(data_file(directory / "2"), 8 * 200)
+    before = contents(directory)
+    with pytest.warns(UserWarning, match=r"Step 1 is restored, because newer ones are damaged.\n"):
+        newest = load_model(directory)
+    for step in (0, 1):
+        model = load_model(directory, step)
+        expected = KerasOrbaxCheckpointManager(restored := dense_model(), trained[1]).restore_state(step)
+        assert expected == step
+        assert_equal(values(model), values(restored))
+    assert_equal(values(newest), values(model))
+    assert not load_model(directory, 0, compile=False).compiled
+    with pytest.raises(CheckpointCorruptError, match="Step 2 in .* is damaged"):
+        load_model(directory, 2)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*Steps there: \[0, 1, 2\]"):
+        load_model(directory, 7)
+    assert contents(directory) == before
+
+
+def test_load_model_waits_for_a_save_of_this_process(tmp_path):
+    model = dense_model(300_000)
+    KerasOrbaxCheckpointManager(model, tmp_path).save_state(0)
+    assert_equal(values(load_model(tmp_path)), values(model))
+
+
+def test_load_model_says_what_is_missing(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for directory, message in ((tmp_path / "empty", "There is no checkpoint in"), (tmp_path / "none", "No such file")):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_model(directory)
+        assert directory.exists() == (directory.name == "empty")
+    model = compiled(Subclassed())
+    fit(model, 1, callback(model, tmp_path / "subclassed"))
+    with pytest.raises(TypeError, match="Subclassed"):
+        load_model(tmp_path / "subclassed")
+    code = keras.Sequential([keras.Input((6,)), layers.Lambda(lambda x: x * 2), layers.Dense(1)])
+    fit(compiled(code), 1, callback(code, tmp_path / "code"))
+    with pytest.raises(ValueError, match="safe_mode=False"):
+        load_model(tmp_path / "code")
+    assert_equal(values(load_model(tmp_path / "code", safe_mode=False)), values(code))
+    state = code.get_state_tree()
+    del state["metrics_variables"]
+    with ocp.CheckpointManager(tmp_path / "foreign") as manager:
+        manager.save(0, args=ocp.args.StandardSave(state))
+    with pytest.raises(CheckpointError, match="has no config that makes its model: another program wrote it"):
+        load_model(tmp_path / "foreign")
 
 
 # --------------------------------------------------------------------------------------------------- damage
