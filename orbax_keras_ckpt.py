@@ -61,6 +61,7 @@ import functools
 import io
 import itertools
 import json
+import logging
 import math
 import numbers
 import pathlib
@@ -1735,7 +1736,12 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
 
 def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
     """A manager that changes nothing, for a model that is not known yet."""
-    return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+    earlier = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # in which Orbax says that it is read only
+    try:
+        return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+    finally:
+        logging.disable(earlier)
 
 
 def load_model(
@@ -2327,11 +2333,11 @@ _COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters"
 
 
 def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
-    """What is to be said of a step, by column. Variables and parameters are those of the model alone."""
+    """What is to be said of a step, by column. Variables and parameters are those that Keras's summary counts."""
     nanoseconds = _step_metadata(path)["commit_timestamp_nsecs"]
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ")
     groups = record.variables if record else _foreign_variables(_array_folder(path))
-    weights = [spec for group in _GROUPS[:2] for spec in groups[group]]
+    weights = [spec for group in _GROUPS[:2] for spec in groups[group] if "/seed_generator_state" not in spec.path]
     parameters = sum(math.prod(spec.shape) for spec in weights)
     counts = [f"{_size(path) / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
     if record is None:
@@ -2347,9 +2353,11 @@ def _size(path: epath.Path) -> int:
 
 
 def _best(records: Mapping[int, _Record]) -> int | None:
-    """The step that is best by what was monitored in the newest one."""
-    monitor, mode = records[max(records)].monitor or (None, "min") if records else (None, "min")
-    values = {step: (record.metrics or {}).get(monitor, math.nan) for step, record in records.items()}
+    """The step that is best by what the newest one monitored."""
+    if not records or (monitored := records[max(records)].monitor) is None:
+        return None
+    name, mode = monitored
+    values = {step: (record.metrics or {}).get(name, math.nan) for step, record in records.items()}
     values = {step: value for step, value in values.items() if not math.isnan(value)}
     return (max if mode == "max" else min)(values, key=values.get, default=None)
 
@@ -2374,38 +2382,37 @@ def _verify(path: epath.Path, record: _Record | None) -> None:
 
 
 def _look(directory: str, verify: bool) -> bool:
-    """Prints a table of what is in a directory. Whether all of it is intact, as far as that has been looked at."""
-    rows, records, damaged = [], {}, {}
+    """Prints what is in a directory. Whether all of it is intact, as far as that has been looked at."""
+    rows, records, damaged = {}, {}, {}
     with _reader(directory) as reader:
         steps = sorted(reader._found().items())
         if not steps:
-            raise FileNotFoundError("no checkpoint is there")
+            raise FileNotFoundError("There is no checkpoint in this directory.")
         for step, path in steps:
             try:
                 with reader._damage_of(step):
-                    record = _Record.from_metadata(_step_metadata(path))
-                    rows.append(_row(step, path, record))
-                records |= {step: record} if record else {}
+                    records[step] = _Record.from_metadata(_step_metadata(path))
+                    rows[step] = _row(step, path, records[step])
             except CheckpointCorruptError as error:
-                rows.append([str(step), *"??????", "", "damaged"])
-                damaged[step] = error
-        best = _best(records)
-        for row, (step, _) in zip(rows, steps):
-            row[-1] = ", ".join(filter(None, [row[-1], "best" * (step == best), "newest" * (step == steps[-1][0])]))
-        for row in (table := [list(_COLUMNS), *rows]):
-            widths = [max(map(len, column)) for column in zip(*table)]
+                damaged[step], rows[step] = error, [str(step), *"??????", "", "damaged"]
+        best = _best({step: record for step, record in records.items() if record is not None})
+        for step, mark in ((best, "best"), (steps[-1][0], "newest")):
+            if step is not None:
+                rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
+        table = [_COLUMNS, *rows.values()]
+        widths = [max(map(len, column)) for column in zip(*table)]
+        for row in table:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
         for step, path in steps if verify else ():
-            try:
-                with reader._damage_of(step):
-                    print(f"Step {step}:", flush=True)
-                    _verify(path, records.get(step))
-            except CheckpointCorruptError as error:
-                damaged[step] = error
-    for error in damaged.values():
-        print(error, flush=True)
-    if verify and not damaged:
-        print(f"All arrays of {len(steps)} checkpoints are intact.")
+            if step not in damaged:
+                print(f"Step {step}:", flush=True)
+                try:
+                    with reader._damage_of(step):
+                        _verify(path, records[step])
+                except CheckpointCorruptError as error:
+                    damaged[step] = error
+    for line in damaged.values() or (["All arrays are intact."] if verify else []):
+        print(line)
     return not damaged
 
 

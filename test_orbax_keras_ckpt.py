@@ -1016,6 +1016,7 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     directory = copy_of(wider, tmp_path)
     DAMAGES[damage](directory / "2")
     damaged = listing(directory / "2")
+    assert orbax_keras_ckpt._look(str(directory), verify=True) is not ((directory / "2").exists() and damaged != [])
     model = dense_model(400)
     before = values(model)
     with pytest.raises((CheckpointCorruptError, FileNotFoundError), match="Step 2|of step 2"):
@@ -1799,7 +1800,8 @@ def cycle():
             with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
                 break
             time.sleep(0.1)
-        return json.loads(script("bucket_cycle", "gs://bucket/ckpt", env=environment).stdout.splitlines()[-1])
+        lines = script("bucket_cycle", "gs://bucket/ckpt", env=environment).stdout.splitlines()
+        return {**json.loads(lines[-1]), "lines": lines}
     finally:
         server.kill()
         server.wait()
@@ -1815,6 +1817,12 @@ def test_run_in_a_bucket_killed_twice_equals_uninterrupted_run(cycle):
 def test_damage_in_a_bucket_falls_back_and_is_set_aside(cycle):
     assert cycle["after damage"] == {"equal": True, "entries": ["1", "2", "3", "3.damaged"]}
     assert "Step 2 is restored" in cycle["warning"] and "Digest mismatch" in cycle["warning"]
+
+
+def test_command_line_and_load_model_read_buckets(cycle):
+    assert cycle["intact"] and cycle["found"] and cycle["loaded"]
+    row = re.split("  +", next(line for line in cycle["lines"] if line.startswith("2 ")))
+    assert row[1:3] == ["3", "end"] and float(row[4].removesuffix(" MB")) > 0
 
 
 def test_buckets_that_cannot_be_used_are_refused_at_once(cycle):
@@ -1968,6 +1976,74 @@ def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(togeth
         shutil.rmtree(back)
 
 
+# ---------------------------------------------------------------------------------------------- the command line
+
+
+def command_line(directory, *options):
+    """Exit code and lines, as a user gets them who has set nothing."""
+    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
+    command = [sys.executable, "orbax_keras_ckpt.py", str(directory), *options]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "WARNING" not in done.stderr, done.stderr
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_command_line_lists_the_steps_of_a_run_and_finds_what_is_damaged(tmp_path):
+    seed(4)
+    model = dense_model(400)
+    directory, stopping = tmp_path / "ckpt", keras.callbacks.EarlyStopping("val_loss", restore_best_weights=True)
+    ours = callback(model, directory, None, monitor="val_loss", stateful=[stopping])
+    leave = At(2, 2, lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        fit(model, 4, ours, leave, stopping, validation_split=0.25)
+    before, losses = contents(directory), model.history.history["val_loss"]
+    code, lines, _ = command_line(directory)
+    assert code == 0 and len(lines) == 4
+    assert lines[0].split() == ["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics"]
+    size = sum(path.stat().st_size for path in (directory / "1").rglob("*") if path.is_file())
+    cells = re.split("  +", lines[2])
+    assert cells[:3] == ["1", "2", "end"]
+    saved = datetime.datetime.fromisoformat(cells[3]).timestamp()
+    assert abs(saved - (directory / "1").stat().st_mtime) < 5
+    assert cells[4] == f"{size / 1e6:,.1f} MB"
+    assert cells[5:7] == [str(len(model.weights)), f"{model.count_params():,}"]
+    assert cells[7].split()[1] == f"val_loss={losses[1]:.4g}"
+    assert re.split("  +", lines[3])[:3] == ["2", "3", "2"]
+    marks = [[mark for mark in ("best", "newest") if mark in line] for line in lines[1:]]
+    assert marks == [["best"] * (losses[0] < losses[1]), ["best"] * (losses[1] <= losses[0]), ["newest"]]
+    code, lines, _ = command_line(directory, "--verify")
+    assert code == 0 and lines[-1] == "All arrays are intact."
+    assert contents(directory) == before
+    flip(data_file(directory / "1/stateful"), 8 * 500)
+    assert command_line(directory)[0] == 0
+    code, lines, _ = command_line(directory, "--verify")
+    assert code == 1 and lines[-1].startswith(f"Step 1 in {directory} is damaged: ")
+    assert (directory / "1").is_dir()
+
+
+def test_command_line_without_checkpoints_says_so(tmp_path, monkeypatch, capsys):
+    for name, message in ((".", "There is no checkpoint in this directory."), ("none", "No such file"), ("s3://a/b", "gs://")):
+        monkeypatch.setattr(sys, "argv", ["orbax_keras_ckpt.py", name if ":" in name else str(tmp_path / name)])
+        assert orbax_keras_ckpt._main() == 2
+        output = capsys.readouterr()
+        assert output.out == "" and message in output.err and output.err.count("\n") == 1
+    assert listing(tmp_path) == []
+    assert command_line(tmp_path)[0] == 2
+
+
+def test_command_line_reads_checkpoints_of_others(tmp_path, capsys):
+    model = dense_model()
+    fit(model, 1)
+    state = model.get_state_tree()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.StandardSave(state))
+    assert orbax_keras_ckpt._look(str(tmp_path), verify=True)
+    row = re.split("  +", capsys.readouterr().out.splitlines()[1])
+    assert (row[:3], row[5:]) == (["3", "?", "?"], ["4", "33", "of another program, newest"])
+    remove(data_file(tmp_path / "3"))
+    assert not orbax_keras_ckpt._look(str(tmp_path), verify=True)
+
+
 # ------------------------------------------------------------------------------------- seams, documents, notebook
 
 
@@ -2035,11 +2111,13 @@ def test_readme_has_two_commands_of_one_line_each():
 
 def test_docstring_examples_run(tmp_path):
     model = dense_model()
-    for cls in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback):
-        lines = [line.strip()[4:] for line in cls.__doc__.splitlines() if line.strip().startswith(">>>")]
-        place = str(tmp_path / cls.__name__)
-        exec("\n".join(lines).replace("/tmp/ckpt", place).replace("epochs=100", "epochs=2"), {**globals(), "model": model, "x": X, "y": Y})
-        assert listing(place)
+    for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model):
+        lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
+        example = "\n".join(lines).replace("/tmp", str(tmp_path)).replace("epochs=100", "epochs=2")
+        exec(example, {**globals(), "model": model, "x": X, "y": Y})
+        if public is KerasOrbaxCheckpointManager:
+            shutil.rmtree(tmp_path / "ckpt")
+    assert listing(tmp_path / "ckpt") and (tmp_path / "model.keras").exists()
 
 
 def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
@@ -2293,10 +2371,13 @@ def bucket_cycle(directory):
     path = max((folder / "3/default/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().length)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    result["intact"] = orbax_keras_ckpt._look(directory, verify=True)
     path.write_bytes(bytes(data))
+    result["found"] = not orbax_keras_ckpt._look(directory, verify=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result["after damage"] = {"equal": bucket_train(directory) == expected, "entries": entries()}
+    result["loaded"] = [value.tobytes() for value in values(load_model(directory))] == expected
     result["warning"] = next(str(each.message) for each in caught if "is restored" in str(each.message))
     for refused in ("gs://missing-bucket/x", "s3://bucket/x"):
         try:
