@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import warnings
 
 import jax
@@ -717,15 +718,59 @@ def test_donate_restores_the_same_and_frees_the_old_arrays(trained):
     assert all(array.is_deleted() for array in old)
 
 
-def test_checkpoints_of_the_guides_version_are_restored_and_continued(tmp_path):
-    seed(8)
-    reference = dense_model()
-    fit(reference, 2)
-    state = reference.get_state_tree()
-    state.pop("metrics_variables")
-    guide = ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False))
-    guide.save(1 * 4, args=ocp.args.StandardSave(state))  # epoch 1 with steps_per_epoch=4
-    model = dense_model()
+class GuidesManager(ocp.CheckpointManager):
+    """Saves as the guide does."""
+
+    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
+        self.model, self.steps_per_epoch = model, steps_per_epoch
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False, **kwargs)
+        super().__init__(checkpoint_dir, options=options)
+
+    def save_state(self, epoch):
+        state = self.model.get_state_tree()
+        state.pop("metrics_variables")
+        self.save(epoch * self.steps_per_epoch, args=ocp.args.StandardSave(state))
+
+
+class GuidesCallback(keras.callbacks.Callback):
+    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
+        self.checkpoint_manager = GuidesManager(model, checkpoint_dir, max_to_keep, steps_per_epoch, **kwargs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.checkpoint_manager.save_state(epoch)
+
+
+@pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
+def test_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path, monkeypatch):
+    """The line is that of the README."""
+    if "keras" in origin and not hasattr(keras.callbacks, "OrbaxCheckpoint"):
+        pytest.skip("this version of Keras has no OrbaxCheckpoint")
+    theirs = {"KerasOrbaxCheckpointManager": GuidesManager, "OrbaxCheckpointCallback": GuidesCallback}
+    monkeypatch.setitem(sys.modules, "my_utilities", types.SimpleNamespace(**theirs))
+    changes = [block.splitlines() for block in blocks("README.md", "diff")]
+    change = next(lines for lines in changes if ("keras.callbacks" in lines[0]) == ("keras" in origin))
+    assert [line[0] for line in change] == ["-", "+"]
+
+    def run(line, epochs, model):
+        scope = {"keras": keras, "model": model, "OrbaxCheckpointCallback": OrbaxCheckpointCallback}
+        exec(line[1:].replace("/tmp/ckpt", str(tmp_path / "ckpt")), scope)
+        used = scope.get("checkpoint") or scope["OrbaxCheckpointCallback"](model, str(tmp_path / "ckpt"), 3)
+        return fit(model, epochs, used, shuffle=False)
+
+    models = []
+    for _ in range(3):
+        seed(8)
+        models.append(functional())
+    uninterrupted = fit(models[0], 4, shuffle=False)
+    run(change[0], 2, models[1])
+    history = run(change[1], 4, models[2])
+    assert history.epoch == [2, 3] and history.history["loss"] == uninterrupted.history["loss"][2:]
+    assert_equal(values(models[2]), values(models[0]))
+
+
+def test_steps_of_the_guides_version_are_epochs_times_steps_per_epoch(tmp_path):
+    reference, model = dense_model(), dense_model()
+    fit(reference, 2, GuidesCallback(reference, tmp_path, 5, 4))
     assert KerasOrbaxCheckpointManager(model, tmp_path, steps_per_epoch=4).restore_state() == 4
     assert_equal(values(model), values(reference))
     assert fit(model, 4, callback(model, tmp_path, 5, 4)).epoch == [2, 3]
