@@ -1558,6 +1558,14 @@ def test_other_callbacks_come_back_wherever_they_stand(order, uninterrupted, tmp
     assert_same_end(tmp_path, reference)  # with the best weights again
 
 
+@pytest.mark.skipif(not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow, which is gigabytes")
+@pytest.mark.parametrize("backbone", ["BertBackbone", "GPT2Backbone"])
+def test_killed_run_of_a_transformer_equals_uninterrupted_run(backbone, uninterrupted, tmp_path):
+    logs = run_to_its_end(tmp_path, [BATCHES + 5], data=backbone, save_freq="3 batches")
+    assert "Continue with epoch 2 of 3, after batch 4" in logs[1]
+    assert_same_end(tmp_path, uninterrupted(data=backbone))
+
+
 def test_every_record_of_a_grain_iterator_is_trained_on_exactly_once_per_pass(tmp_path):
     options = {"data": "grain iterator", "count": True, "save_freq": "3 batches"}
     run_to_its_end(tmp_path, [3, 11, 20], how="SIGTERM", **options)
@@ -2220,6 +2228,10 @@ def make_data(data, calls):
     arrays = {"x": X[:size], "y": Y[:size], "batch_size": 6}
     if data == "PyDataset":
         return {"x": Batches(), "shuffle": True}
+    if data.endswith("Backbone"):
+        tokens = np.clip(X[:size] * 10 + 25, 0, 49).astype("int32")
+        segments = {"segment_ids": tokens % 2} if data == "BertBackbone" else {}
+        return arrays | {"x": {"token_ids": tokens, "padding_mask": np.minimum(tokens, 1), **segments}}
     if data == "stream":  # of numpy's generator, as a Python generator
 
         def batches():
@@ -2244,10 +2256,25 @@ def make_data(data, calls):
     return arrays | {"shuffle": {"shuffled": True, "in order": False, "shuffled by batches": "batch"}[data]}
 
 
+def transformer(kind):
+    """The inputs and the output of a backbone of KerasHub; of GPT-2 only the layers with LoRA are trained."""
+    import keras_hub
+
+    sizes = {"vocabulary_size": 50, "num_layers": 2, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16}
+    backbone = getattr(keras_hub.models, kind)(**sizes, max_sequence_length=6, dropout=0.2)
+    if kind == "BertBackbone":
+        return backbone.input, backbone.output["sequence_output"]
+    backbone.enable_lora(2)
+    return backbone.input, backbone.output
+
+
 def make_model(data, calls, count=False, work=None):
     seed(0)
     stack = [layers.GaussianNoise(0.1), layers.Dense(4), layers.BatchNormalization(), layers.Dropout(0.2), layers.Dense(1)]
     inputs = x = keras.Input((6,))
+    if data.endswith("Backbone"):
+        inputs, x = transformer(data)
+        stack = [layers.GlobalAveragePooling1D(), *stack[-2:]]
     for layer in stack:
         x = layer(x)
     model = (Recorded if count else keras.Model)(inputs, x)
