@@ -1079,17 +1079,16 @@ def _rebuilt(record: _Record, assets: bytes, compile: bool, **scope: Any) -> ker
         stack.callback(keras.config.set_dtype_policy, earlier)  # by the model's own, Keras scales the loss or does not
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        if assets:
-            with tempfile.TemporaryDirectory() as folder:
-                zipfile.ZipFile(io.BytesIO(assets)).extractall(folder)
-                _walk_assets(model, folder, load=True)
         for group in _GROUPS[:2]:
             variables, paths = getattr(model, group), [spec.path for spec in record.variables[group]]
             for live, saved in _pair_ends([variable.path for variable in variables], paths).items():
                 _rename(variables[live], paths[saved])
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
-            model.compiled = True
+    if assets:  # not in safe mode, where KerasHub's tokenizers read no files
+        with tempfile.TemporaryDirectory() as folder:
+            zipfile.ZipFile(io.BytesIO(assets)).extractall(folder)
+            _walk_assets(model, folder, load=True)
     return model
 
 

@@ -1521,8 +1521,8 @@ def test_run_killed_at_random_batches_equals_uninterrupted_run(data, freq, calls
         pytest.skip("Keras takes Grain datasets since 3.11")
     options = {"data": data, "steps_per_execution": calls}
     logs = run_to_its_end(tmp_path, kill_points(f"{data} {freq} {calls}", 2), save_freq=freq, **options)
-    if freq != "epoch":
-        assert any("after batch" in log for log in logs[1:]), logs  # or nothing was tested
+    if "batches" in freq:  # by the clock, it may have been at the end of an epoch
+        assert any(re.search("Continue with .* after batch", log) for log in logs[1:]), logs  # or nothing was tested
     assert_same_end(tmp_path, uninterrupted(**options))
 
 
@@ -1550,7 +1550,7 @@ def test_other_callbacks_come_back_wherever_they_stand(order, uninterrupted, tmp
     reference = uninterrupted(**options)
     points = [1, 2 * BATCHES + 3, 5 * BATCHES, 6 * BATCHES + 5]
     logs = run_to_its_end(tmp_path, points, save_freq="3 batches", **options)
-    assert any("after batch" in log for log in logs)
+    assert any(re.search("Continue with .* after batch", log) for log in logs)
     assert_same_end(tmp_path, reference)
     assert 6 < len(final(reference)["loss"]) < 12  # EarlyStopping has stopped it
     again = run_to_its_end(tmp_path, save_freq="3 batches", **options)
@@ -1558,12 +1558,34 @@ def test_other_callbacks_come_back_wherever_they_stand(order, uninterrupted, tmp
     assert_same_end(tmp_path, reference)  # with the best weights again
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow, which is gigabytes")
+KERASHUB = pytest.mark.skipif(
+    not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow, which is gigabytes"
+)
+
+
+@KERASHUB
 @pytest.mark.parametrize("backbone", ["BertBackbone", "GPT2Backbone"])
-def test_killed_run_of_a_transformer_equals_uninterrupted_run(backbone, uninterrupted, tmp_path):
+def test_killed_run_of_a_kerashub_backbone_equals_uninterrupted_run(backbone, uninterrupted, tmp_path):
     logs = run_to_its_end(tmp_path, [BATCHES + 5], data=backbone, save_freq="3 batches")
     assert "Continue with epoch 2 of 3, after batch 4" in logs[1]
     assert_same_end(tmp_path, uninterrupted(data=backbone))
+
+
+@KERASHUB
+def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path):
+    import keras_hub
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "quick", "brown", "fox"]
+    tokenizer = keras_hub.models.BertTokenizer(vocabulary=words)
+    preprocessor = keras_hub.models.BertTextClassifierPreprocessor(tokenizer, sequence_length=6)
+    sizes = {"num_layers": 1, "num_heads": 2, "hidden_dim": 8, "intermediate_dim": 16, "max_sequence_length": 6}
+    backbone = keras_hub.models.BertBackbone(vocabulary_size=len(words), **sizes)
+    model = keras_hub.models.BertTextClassifier(backbone, num_classes=2, preprocessor=preprocessor)
+    save(model, tmp_path)
+    with pytest.warns(UserWarning, match="`compile\\(\\)` was not called as part of model loading"):  # it has its own
+        loaded = load_model(tmp_path)
+    assert loaded.preprocessor.tokenizer.get_vocabulary() == words
+    assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
 
 
 def test_every_record_of_a_grain_iterator_is_trained_on_exactly_once_per_pass(tmp_path):
@@ -1836,6 +1858,8 @@ def test_states_survive_json():
 @pytest.fixture(scope="module")
 def cycle():
     """What has come of `bucket_cycle` in a bucket of an emulator."""
+    if importlib.util.find_spec("tensorflow"):
+        pytest.skip("with TensorFlow, Orbax reaches buckets through it, and that does not find the emulator")
     port = free_port()
     address = f"http://localhost:{port}"
     environment = {
