@@ -1,29 +1,33 @@
-# orbax_keras_ckpt.py, version 0.2.0
+# orbax_keras_ckpt.py, version 0.3.0
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
 """Fault-tolerant training for Keras 3 on JAX, with Orbax underneath.
 
-    from orbax_keras_ckpt import OrbaxCheckpointCallback
+    from orbax_keras_ckpt import OrbaxCheckpointCallback, load_model
 
     checkpoint = OrbaxCheckpointCallback(model, "/tmp/ckpt", max_to_keep=3)
     model.fit(x, y, epochs=100, callbacks=[checkpoint])
     # Killed? Run the same script again. It goes on where it stopped, bit for bit.
 
+    model = load_model("/tmp/ckpt")              # without the code that has made it
+    $ python orbax_keras_ckpt.py /tmp/ckpt       # lists the checkpoints; --verify checks them
+
 Promised:
 
-- The same script again continues with the batch after the newest checkpoint and ends at the same `epochs`.
-- Weights, optimizer, metrics, random draws and the `History` equal those of a run never interrupted.
-- From the first commit on there is always a restorable checkpoint, whenever the process is killed.
-- `stateful` callbacks and data iterators come back as they were.
-- Saving happens in the background; `fit` returns when everything is committed, or raises.
-- A checkpoint is compared with the model before anything is read. If they differ, one error lists the
-  differences and the model stays as it was.
-- Every array has checksums, so a flipped bit is always found. Then the newest intact checkpoint is taken, with a
-  warning, and the damaged one is set aside.
-- On SIGTERM the state is saved within a batch and the process exits with code 143.
-- Several processes save, restore, fall back and stop at the same step. A checkpoint fits any number of processes and
-  devices and any layout, and is read straight into it.
-- Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
+- P1: The same script again continues with the batch after the newest checkpoint and ends at the same `epochs`.
+- P2: Weights, optimizer, metrics, random draws and the `History` equal those of a run never interrupted, bit for bit.
+- P3: From the first commit on there is always a restorable checkpoint, whenever the process is killed.
+- P4: `stateful` callbacks and data iterators come back as they were.
+- P5: A save that was asked for is committed, or raises, at the next save or when `fit` ends. Steps only go up.
+- P6: A checkpoint is compared with the model before anything is read: one error lists all differences.
+- P7: A flipped bit is always found, by checksums. The newest intact checkpoint is used, the damaged one set aside.
+- P8: On SIGTERM the state is saved within a batch and the process exits with code 143.
+- P9: Several processes save, restore, fall back and stop at the same step. Any number of processes and devices and any
+  layout may continue.
+- P10: Bad arguments, another backend, a model or directory that cannot be saved are refused before training starts.
+- P11: Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
+- P12: Checkpoints of the guide's version and of `keras.callbacks.OrbaxCheckpoint` are restored. `load_model` rebuilds a
+  model from the directory alone.
 
 Not promised:
 
@@ -38,9 +42,10 @@ On disk, for the newest step 2, readable with plain Orbax:
     /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
-With several processes, `default` also has a file `orbax_keras_ckpt.process_<n>` with the random states of each.
+Further folders only where there is something in them: `stateful` (arrays of such objects), `assets` (vocabularies),
+`metrics` (with `monitor`). With several processes, `default` has a file `orbax_keras_ckpt.process_<n>` of each.
 
-Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.10, Orbax 0.11.20 to 0.12.8.
+Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
 
 import os
@@ -97,7 +102,7 @@ __all__ = [
     "OrbaxCheckpointCallback",
     "load_model",
 ]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -1273,7 +1278,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._saving = None  # the step whose save was started last
         self._fitting = False  # the callback asks JAX for signals then
         self._arrays = _ArrayHandler(compression)
-        self._replacing = (directory / _REPLACED).exists()
+        self._replacing = not self._read_only and (directory / _REPLACED).exists()
         super().__init__(
             directory,
             item_handlers={
@@ -1325,9 +1330,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         return self._mode
 
     def _start_run(self) -> None:
-        """Raises early what a save would raise later, and forgets what may have changed since the last run."""
+        """Raises early what a save would raise later, and describes the model, which `fit` leaves without values."""
         self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
-        self._description = None
+        self._description = _described(self._model)
         if self._monitor is not None:
             self._resolved_mode()
 
@@ -1507,7 +1512,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             except CheckpointCorruptError as error:
                 if step is not None:
                     raise
-                damaged[candidate] = error  # try an older one
+                if not (self._read_only and _is_gone(steps[candidate])):
+                    damaged[candidate] = error  # try an older one
             except CheckpointMismatchError as error:
                 if not damaged:
                     raise
@@ -1521,7 +1527,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 + (", but the model's arrays have been freed" if donate else ", and the model is as it was")
                 + f":\n{_listing([str(error) for error in damaged.values()])}"
             ) from next(iter(damaged.values()))
-        return None
+        # All of them deleted meanwhile, there are newer ones.
+        return self._restore(step, variables_for, strict=strict, donate=donate, stateful=stateful) if steps else None
 
     def _found(self) -> dict[int, epath.Path]:
         """All steps that there are, and where: the same on all processes."""
@@ -1530,7 +1537,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 manager.wait_until_finished()
         with _agreed():
             _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
-            self.reload()  # others may have written since we looked
+            if not self._read_only:  # while another run deletes steps, Orbax stumbles over them
+                self.reload()  # others may have written since we looked
             steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
         seen = _gather(sorted(steps))
         if any(each != seen[0] for each in seen):
@@ -1738,9 +1746,23 @@ def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
     earlier = logging.root.manager.disable
     logging.disable(logging.WARNING)  # in which Orbax says that it is read only
     try:
-        return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+        for attempt in itertools.count():
+            try:
+                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+            except (FileNotFoundError, NotADirectoryError):  # a step was deleted while Orbax looked at it
+                if attempt == 10:
+                    raise
     finally:
         logging.disable(earlier)
+
+
+def _is_gone(path: epath.Path) -> bool:
+    """Whether a step that seems damaged has been deleted, or is just being deleted, by a run that goes on."""
+    for _ in range(10):
+        if not path.exists():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def load_model(
@@ -2393,9 +2415,10 @@ def _look(directory: str, verify: bool) -> bool:
                     records[step] = _Record.from_metadata(_step_metadata(path))
                     rows[step] = _row(step, path, records[step])
             except CheckpointCorruptError as error:
-                damaged[step], rows[step] = error, [str(step), *"??????", "", "damaged"]
-        best = _best({step: record for step, record in records.items() if record is not None})
-        for step, mark in ((best, "best"), (steps[-1][0], "newest")):
+                if not _is_gone(path):
+                    damaged[step], rows[step] = error, [str(step), *"??????", "", "damaged"]
+        best = _best({step: records[step] for step in rows if records.get(step) is not None})
+        for step, mark in ((best, "best"), (max(rows, default=None), "newest")):
             if step is not None:
                 rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
         table = [_COLUMNS, *rows.values()]
@@ -2403,13 +2426,14 @@ def _look(directory: str, verify: bool) -> bool:
         for row in table:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
         for step, path in steps if verify else ():
-            if step not in damaged:
+            if step in rows.keys() - damaged.keys():
                 print(f"Step {step}:", flush=True)
                 try:
                     with reader._damage_of(step):
                         _verify(path, records[step])
                 except CheckpointCorruptError as error:
-                    damaged[step] = error
+                    if not _is_gone(path):
+                        damaged[step] = error
     for line in damaged.values() or (["All arrays are intact."] if verify else []):
         print(line)
     return not damaged

@@ -893,6 +893,22 @@ def test_load_model_waits_for_a_save_of_this_process(tmp_path):
     assert_equal(values(load_model(tmp_path)), values(model))
 
 
+def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
+    directory = tmp_path / "ckpt"
+    running = Process(tmp_path / "log", go_on, str(directory), str(tmp_path / "stop"))
+    steps = []
+    try:
+        while len(steps) < 30:
+            if directory.exists() and any(path.name.isdecimal() for path in directory.iterdir()):
+                steps.append(int(load_model(directory).optimizer.iterations.value))
+                assert orbax_keras_ckpt._look(str(directory), verify=True)
+    finally:
+        (tmp_path / "stop").touch()
+    assert running.join()[0] == 0
+    assert steps == sorted(steps) and steps[-1] > steps[0]
+    assert [path.name for path in directory.iterdir() if not path.name.isdecimal()] == []
+
+
 def test_load_model_says_what_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     for directory, message in ((tmp_path / "empty", "There is no checkpoint in"), (tmp_path / "none", "No such file")):
@@ -2383,6 +2399,15 @@ def train_and_fail(work, end):
                 raise (RuntimeError if end == "raise" else KeyboardInterrupt)("on purpose")
 
     fit(model, 2, OrbaxCheckpointCallback(model, os.path.join(work, "ckpt"), save_freq=3), Fail())
+
+
+def go_on(directory, stop):
+    """Trains, and keeps one checkpoint, until a file is there."""
+    model = dense_model(400)
+    stopping = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", os.path.exists(stop))
+    )
+    fit(model, 10**6, callback(model, directory, 1, save_freq=2), stopping)
 
 
 def failing(directory, how):
