@@ -2054,6 +2054,17 @@ def test_damage_that_one_process_sees_makes_all_fall_back_to_one_step(together, 
     assert logs[0].count("UserWarning: Step 1 is restored") == 3 and "UserWarning" not in logs[1]
 
 
+def test_load_model_reads_what_two_processes_have_saved(together):
+    directory = together("model")[0] / "ckpt"
+    loaded = load_model(directory, custom_objects={"Vocabulary": Vocabulary})
+    assert loaded.layers[0].words == ["one"]
+    assert_same_values(gathered(loaded), plain(directory, 2))
+    assert orbax_keras_ckpt._look(str(directory), verify=True)
+    directory = shutil.copytree(directory, directory.parent / "damaged")
+    flip(directory / "2/default/orbax_keras_ckpt.process_1", 999)
+    assert not orbax_keras_ckpt._look(str(directory), verify=True)
+
+
 def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
     work = together("model")[0]
     saved = plain(work / "ckpt", 2)
@@ -2579,7 +2590,9 @@ def distributed_model(kind):
     if keras.version() < "3.11" and kind != "none":  # where fit would take nothing but tf.data
         keras.distribution.distribution()._is_multi_process = False
     seed(0)
-    stack = [layers.GaussianNoise(0.1), layers.Dense(2048, name="wide"), layers.BatchNormalization(), layers.Dropout(0.2)]
+    one = Vocabulary()
+    one.words = ["one"]
+    stack = [one, layers.GaussianNoise(0.1), layers.Dense(2048, name="wide"), layers.BatchNormalization(), layers.Dropout(0.2)]
     model = keras.Sequential([keras.Input((6,)), *stack, layers.Dense(1, name="head")], name="together")
     return compiled(model, metrics=["mae"])
 
