@@ -1077,7 +1077,8 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     directory = copy_of(wider, tmp_path)
     DAMAGES[damage](directory / "2")
     damaged = listing(directory / "2")
-    assert orbax_keras_ckpt._look(str(directory), verify=True) is not ((directory / "2").exists() and damaged != [])
+    is_listed = 2 in ocp.CheckpointManager(directory).all_steps()
+    assert orbax_keras_ckpt._look(str(directory), verify=True) is not is_listed
     model = dense_model(400)
     before = values(model)
     with pytest.raises((CheckpointCorruptError, FileNotFoundError), match="Step 2|of step 2"):
@@ -1931,7 +1932,6 @@ class Group:
     """Processes that call one of the programs below together, each with two CPU devices unless told otherwise."""
 
     def __init__(self, work, program, *arguments, processes=2, devices=2, **options):
-        work.mkdir(exist_ok=True)
         address = f"127.0.0.1:{free_port()}"
         logs = [work / f"process_{process}.log" for process in range(processes)]
         start = [(log, among, process, processes, devices, address, program, str(work)) for process, log in enumerate(logs)]
@@ -1942,8 +1942,26 @@ class Group:
         return tuple(zip(*(member.join() for member in self.members)))
 
 
+def run_group(work, *arguments, **options):
+    """Exit codes and outputs of a Group.
+
+    In JAX 0.5, two of JAX's own transfers between processes may meet on a CPU (seen in one of six
+    runs that make a dozen models): gloo ends both processes, and this runs them once more.
+    """
+    work.mkdir(exist_ok=True)
+    before = shutil.copytree(work, f"{work}.before")
+    for _ in range(5):
+        codes, logs = Group(work, *arguments, **options).join()
+        if "op.preamble.length <= op.nbytes" not in "".join(logs):
+            break
+        shutil.rmtree(work)
+        shutil.copytree(before, work)
+    shutil.rmtree(before)
+    return codes, logs
+
+
 def run_together(work, *arguments, expected=0, program=None, **options):
-    codes, logs = Group(work, program or train_together, *arguments, **options).join()
+    codes, logs = run_group(work, program or train_together, *arguments, **options)
     assert set(codes) == {expected}, "\n".join([str(codes), *logs])
     return logs
 
@@ -2007,7 +2025,7 @@ def test_each_process_leaves_its_states_beside_the_arrays(together):
 
 def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tmp_path):
     began = time.monotonic()
-    codes, logs = Group(tmp_path, train_together, "data", point=(1, "train", 3), heartbeat=10).join()
+    codes, logs = run_group(tmp_path, train_together, "data", point=(1, "train", 3), heartbeat=10)
     assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), logs  # fails, and does not wait for ever
     assert time.monotonic() - began < 90
     for processes, point in ((1, (2, "train", 3)), (2, None)):
@@ -2546,7 +2564,6 @@ def among(process, processes, devices, address, program, work, *arguments, heart
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     if processes > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # gloo may confuse two collectives in JAX 0.5
         keras.utils.set_random_seed(0)
         if heartbeat is None:
             keras.distribution.initialize(address, processes, process)
@@ -2604,8 +2621,8 @@ def gathered(model):
     named = {f"{group}/{v.path}": v.value for group, variables in zip(groups, members) for v in variables}
     if jax.process_count() > 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()), "all")
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        named = jax.block_until_ready(jax.jit(lambda tree: tree, out_shardings=whole)(named))  # one after the other
+        whole = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+        named = {path: jax.block_until_ready(whole(value)) for path, value in named.items()}
     return {path: np.asarray(value) for path, value in named.items()}
 
 
@@ -2676,9 +2693,10 @@ def train_together(work, layout, *, point=None, how="SIGKILL", checkpoint=True, 
 def fall_back(work, directories):
     """Restores from each, and from the last the newest step by name; prints what has come of it."""
     model, results = distributed_model("model"), []
-    before = gathered(model)
+    variables = orbax_keras_ckpt._variables(model)
     for directory in directories[:-1]:
-        results.append(callback(model, directory, stateful=[Own()]).checkpoint_manager._restore(None, check=lambda step, record: None).step)
+        manager = KerasOrbaxCheckpointManager(model, directory)
+        results.append(manager._restore(None, lambda *_: variables, stateful=True).step)
     before = gathered(model)
     try:
         KerasOrbaxCheckpointManager(model, directories[-1]).restore_state(2)
