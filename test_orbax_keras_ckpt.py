@@ -2231,15 +2231,18 @@ def test_readme_has_two_commands_of_one_line_each():
     assert all(command.count("\n") == 1 for command in setups)
 
 
-def test_docstring_examples_run(tmp_path):
+def test_docstring_and_readme_examples_run(tmp_path):
     model = dense_model()
     for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model):
         lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
-        example = "\n".join(lines).replace("/tmp", str(tmp_path)).replace("epochs=100", "epochs=2")
-        exec(example, {**globals(), "model": model, "x": X, "y": Y})
-        if public is KerasOrbaxCheckpointManager:
-            shutil.rmtree(tmp_path / "ckpt")
-    assert listing(tmp_path / "ckpt") and (tmp_path / "model.keras").exists()
+        run_example("\n".join(lines), tmp_path / public.__name__.replace("load_model", "OrbaxCheckpointCallback"), model)
+    run_example(blocks("README.md", "python")[1], tmp_path / "readme", model)
+
+
+def run_example(text, directory, model):
+    example = text.replace("/tmp", str(directory)).replace("epochs=100", "epochs=2")
+    exec(example, {**globals(), "model": model, "x": X, "y": Y})
+    assert listing(directory)
 
 
 def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path):
