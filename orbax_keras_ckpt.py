@@ -125,6 +125,7 @@ _FORMAT = 2  # 1 had no checksums in the arrays
 _RECORD_KEY = "orbax_keras_ckpt"
 _COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
 _REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
+_WRITER = "orbax_keras_ckpt.writer"  # beside arrays that are being written: who does that
 _PART = "orbax_keras_ckpt.process_{}"  # beside the arrays, where there are several processes: see _Record.processes
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
 
@@ -195,19 +196,15 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     return value
 
 
-def _crc32(fields: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
-
-
 def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
     """`fields`, of JSON, with their checksum."""
-    return {**fields, "crc32": _crc32(fields)}
+    return {**fields, "crc32": zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
 
 
 def _unsealed(sealed: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The inverse of `_sealed`. ValueError if anything has changed."""
-    fields = dict(sealed)
-    if fields.pop("crc32", None) != _crc32(fields):
+    fields = {key: value for key, value in sealed.items() if key != "crc32"}
+    if sealed.get("crc32") != _sealed(fields)["crc32"]:
         raise ValueError(f"{name} does not have the checksum that it was saved with")
     return fields
 
@@ -229,7 +226,6 @@ class _Record:
     stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    writer: dict[str, Any] = dataclasses.field(default_factory=dict)
     has_arrays: bool = False  # of stateful objects
     has_assets: bool = False  # of layers
     monitor: list[str] | None = None  # what decides which checkpoint is best, and "min" or "max"
@@ -249,12 +245,12 @@ class _Record:
         fields = (metadata.get("custom_metadata") or {}).get(_RECORD_KEY)
         if fields is None:
             return None
+        fields = _unsealed(fields, "our record in _CHECKPOINT_METADATA")
         if (found := fields.get("format", 0)) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
                 f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
             )
-        fields = _unsealed(fields, "our record in _CHECKPOINT_METADATA")
         fields = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
@@ -360,6 +356,12 @@ def _entries(directory: epath.Path) -> list[epath.Path]:
         return []
 
 
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    """All files in a directory and below."""
+    for path in _entries(directory):
+        yield from _files(path) if path.is_dir() else [path]
+
+
 def _temporary_folders(directory: epath.Path) -> list[epath.Path]:
     """Where Orbax writes what is not committed yet. In a bucket it does not rename: it adds a file in the end."""
     if _is_bucket(directory):
@@ -452,15 +454,9 @@ def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
         jax.sharding.NamedSharding: ocp.metadata.NamedShardingMetadata,
         jax.sharding.SingleDeviceSharding: ocp.metadata.SingleDeviceShardingMetadata,
     }
-    known = {sharding for sharding in shardings.values() if type(sharding) in kinds}
-    texts = {sharding: kinds[type(sharding)].from_jax_sharding(sharding).to_serialized_string() for sharding in known}
-    return json.dumps(
-        {
-            base64.urlsafe_b64encode(name.encode()).decode(): texts[sharding]
-            for name, sharding in shardings.items()
-            if sharding in known
-        }
-    )
+    text = functools.cache(lambda each: kinds[type(each)].from_jax_sharding(each).to_serialized_string())
+    known = {name: text(sharding) for name, sharding in shardings.items() if type(sharding) in kinds}
+    return json.dumps({base64.urlsafe_b64encode(name.encode()).decode(): each for name, each in known.items()})
 
 
 def _array_metadata_store() -> Any:
@@ -500,10 +496,10 @@ def _gather(value: Any) -> list[Any]:
         return [value]
     # Not by a collective: on a CPU, JAX may run two of them in another order in each process.
     client, number, process = _jax_client(), next(_GATHERINGS), jax.process_index()
-    client.key_value_set(f"{_RECORD_KEY}/{number}/{process}", json.dumps(value))
-    keys = [f"{_RECORD_KEY}/{number}/{each}" for each in range(jax.process_count())]
+    client.key_value_set(f"{__name__}/{number}/{process}", json.dumps(value))  # there may be other copies of this file
+    keys = [f"{__name__}/{number}/{each}" for each in range(jax.process_count())]
     values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
-    client.key_value_delete(f"{_RECORD_KEY}/{number - 1}/{process}")  # which all have read who are here
+    client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # which all have read who are here
     return values
 
 
@@ -518,7 +514,7 @@ def _agreed() -> Iterator[None]:
             raise
         error = caught
     level = -1 if error is None else next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), 2)
-    outcomes = _gather([level, str(error)])
+    outcomes = _gather([level, str(error) if isinstance(error, CheckpointError) else repr(error)])
     worst, text = max(outcomes, key=lambda outcome: outcome[0])
     if worst == level and error is not None:
         raise error
@@ -534,6 +530,7 @@ def _warn(message: str, stacklevel: int) -> None:
 # ------------------------------------------------------------------------------------------- variables
 
 _AUTOMATIC_SUFFIX = re.compile(r"_(\d+)$")
+_nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a": {"b": 1}}
 
 
 def _variables(
@@ -554,24 +551,24 @@ def _variables(
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         groups[_GROUPS[2]] = list(model.optimizer.variables)
-    for name, variables in groups.items():
-        _check_paths(name, [variable.path for variable in variables])
+    _check_paths({name: [variable.path for variable in variables] for name, variables in groups.items()})
     groups = {name: {variable.path: variable for variable in members} for name, members in groups.items()}
     if metrics:  # their paths need not be unique, and they have no life beyond their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
     return groups
 
 
-def _check_paths(group: str, paths: list[str]) -> None:
-    """Raises if two variables would lie on the same place of the tree."""
-    known, folders = set(), {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
-    for path in paths:
-        if path in known or path in folders:
-            raise ValueError(
-                f"Two of the model's {group} have the path {path!r}, so a checkpoint could not tell them apart. "
-                "Give the layers that they belong to different names (name=...)."
-            )
-        known.add(path)
+def _check_paths(groups: Mapping[str, list[str]]) -> None:
+    """Raises if two variables would lie on the same place of the tree, or of all weights, which are paired as one."""
+    paths = itertools.chain(*groups.values())
+    folders = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
+    for group, members in groups.items():
+        for path, count in collections.Counter(members).items():
+            if count > 1 or path in folders:
+                raise ValueError(
+                    f"Two of the model's {group} have the path {path!r}, so a checkpoint could not tell them apart. "
+                    "Give the layers that they belong to different names (name=...)."
+                )
 
 
 def _specs(variables: Mapping[str, Mapping[str, keras.Variable]]) -> dict[str, list[_Spec]]:
@@ -579,18 +576,6 @@ def _specs(variables: Mapping[str, Mapping[str, keras.Variable]]) -> dict[str, l
         group: [_Spec(path, tuple(variable.shape), str(variable.dtype)) for path, variable in members.items()]
         for group, members in variables.items()
     }
-
-
-def _nest(leaves: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """{"a/b": 1} as {"a": {"b": 1}}."""
-    tree = {}
-    for path, leaf in leaves:
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree
 
 
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
@@ -606,7 +591,7 @@ def _items(
     """What Orbax is to save: the state tree with these values, and what there is of stateful objects and of assets."""
     # Orbax refuses arrays without elements; the record says all there is to say about them.
     tree = {
-        group: _nest((path, value) for path, value in zip(members, leaves) if value.size)
+        group: _nest({path: value for path, value in zip(members, leaves) if value.size})
         for (group, members), leaves in zip(variables.items(), values)
     }
     items = {"default": ocp.args.PyTreeSave(tree)}
@@ -665,7 +650,7 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
         {group: [spec.path for spec in specs.get(group, [])] for group in _GROUPS} for specs in (live, saved)
     )
     pairs = _pair_paths(
-        *(_nest((path, path) for group in weights for path in paths[group]) for paths in (live_paths, saved_paths))
+        *(_nest({path: path for group in weights for path in paths[group]}) for paths in (live_paths, saved_paths))
     )
     result = {}
     for group in weights:
@@ -681,16 +666,14 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
         return path
 
     originals = {renamed(path): path for path in live_paths[_GROUPS[2]]}
-    pairs = _pair_paths(
-        _nest((path, path) for path in originals), _nest((path, path) for path in saved_paths[_GROUPS[2]])
-    )
+    pairs = _pair_paths(*(_nest({path: path for path in paths}) for paths in (originals, saved_paths[_GROUPS[2]])))
     result[_GROUPS[2]] = {originals[path]: other for path, other in pairs.items()}
     result[_GROUPS[3]] = {path: path for path in live_paths[_GROUPS[3]]}
     return result
 
 
 def _array_name(group: str, path: str) -> str:
-    """That of an array on disk."""
+    """What an array is called on disk."""
     return f"{group}/{path}".replace("/", ".")
 
 
@@ -702,14 +685,9 @@ def _check_array(name: str, array: Any, spec: _Spec) -> None:
 class _Source(NamedTuple):
     """A live variable and the saved one that it takes its value from."""
 
-    group: str
+    name: str  # of the array on disk
     variable: keras.Variable
     saved: _Spec
-
-    @property
-    def name(self) -> str:
-        """That of the array on disk."""
-        return _array_name(self.group, self.saved.path)
 
 
 def _compare(
@@ -734,7 +712,7 @@ def _compare(
             elif strict and other.dtype != spec.dtype:
                 differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
             else:
-                sources.append(_Source(group, variable, other))
+                sources.append(_Source(_array_name(group, other.path), variable, other))
         differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for path in sorted(unexpected)]
     return sources, differences
 
@@ -949,6 +927,12 @@ def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
     return tuple(chunk)
 
 
+@functools.cache
+def _writer() -> dict[str, Any]:
+    """This process. In containers, each may have the same number."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+
+
 class _ArrayMetadata(NamedTuple):
     """What Orbax notes of each array in `array_metadatas`."""
 
@@ -983,6 +967,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
 
     async def _write(self, info: Any, described: dict, shardings: dict, parts: list, part: dict | None) -> None:
         directory, process = await _created(info), jax.process_index()
+        if process == 0:
+            (directory / _WRITER).write_text(json.dumps(_writer()))
         base = directory / f"ocdbt.process_{process}"
         specs = [self._spec(base, name, *each) for name, each in described.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
@@ -1004,6 +990,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             (directory / _PART.format(process)).write_text(json.dumps(_sealed(part)))
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
+            (directory / _WRITER).unlink()
 
     def _spec(self, base: epath.Path, name: str, dtype: str, shape: tuple, chunk: tuple) -> dict[str, Any]:
         config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
@@ -1020,8 +1007,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
 
 def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of trees, with our way to write arrays."""
-    types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=types)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
 
 
 def _open_arrays(directory: epath.Path, names: Iterable[str]) -> list[ts.TensorStore]:
@@ -1081,8 +1068,9 @@ def _rebuilt(record: _Record, assets: bytes, compile: bool, **scope: Any) -> ker
     """The model that was described, with variables of the same paths, but not of the same values."""
     earlier = keras.config.dtype_policy()
     with _serialization(**scope), contextlib.ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, earlier)  # by the model's own, Keras scales the loss or does not
-        keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
+        stack.callback(keras.config.set_dtype_policy, earlier)  # by which compile() scales the loss or does not
+        policy = record.model.get("dtype_policy", earlier.name)  # until 0.2 it was not noted
+        keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(policy))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
         for group in _GROUPS[:2]:
             variables, paths = getattr(model, group), [spec.path for spec in record.variables[group]]
@@ -1090,7 +1078,7 @@ def _rebuilt(record: _Record, assets: bytes, compile: bool, **scope: Any) -> ker
                 _rename(variables[live], paths[saved])
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
-    if assets:  # not in safe mode, where KerasHub's tokenizers read no files
+    if assets:  # outside of safe mode, as Keras does it: these are files
         with tempfile.TemporaryDirectory() as folder:
             zipfile.ZipFile(io.BytesIO(assets)).extractall(folder)
             _walk_assets(model, folder, load=True)
@@ -1103,18 +1091,16 @@ def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
     These have their layers in the same order, but not with the same numbers. A layer may have its variables in another
     order; their names then tell which is which.
     """
-    pairs, left = {}, (set(range(len(live))), set(range(len(saved))))
+    pairs = {}
     for length in (2, 1):  # of the names that have to agree
         ends = collections.defaultdict(lambda: ([], []))
-        for side, paths in enumerate((live, saved)):
-            for place in sorted(left[side]):
+        for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
+            for place in sorted(set(range(len(paths))) - paired):
                 names = paths[place].split("/")[-length:]
                 ends[tuple(_AUTOMATIC_SUFFIX.sub("", name) for name in names)][side].append(place)
-        for places in ends.values():
-            if len(places[0]) == len(places[1]):
-                pairs.update(zip(*places))
-                left[0].difference_update(places[0])
-                left[1].difference_update(places[1])
+        for here, there in ends.values():
+            if len(here) == len(there):
+                pairs.update(zip(here, there))
     return pairs
 
 
@@ -1182,10 +1168,7 @@ def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
 
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
     """The absolute path of a directory that can be written, made if it is not there."""
-    try:
-        path = os.fspath(checkpoint_dir)
-    except TypeError:
-        path = None
+    path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
     if "://" in path:
@@ -1273,7 +1256,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
         self._mode = mode
-        self._description = None
+        self._description = self._failure = None
         self._read_only = bool(kwargs.get("read_only"))
         self._saving = None  # the step whose save was started last
         self._fitting = False  # the callback asks JAX for signals then
@@ -1309,10 +1292,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             policies.append(ocp.checkpoint_managers.EveryNSteps(period))
         if interval := kwargs.pop("keep_time_interval", None):
             policies.append(ocp.checkpoint_managers.EveryNSeconds(int(interval.total_seconds())))
-        return {
-            "best_fn": self._score,
-            "preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-        }
+        return {"best_fn": self._score, "preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """How good a checkpoint is: the higher the better, NaN and missing the worst."""
@@ -1353,6 +1333,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
+        self._description = None  # the model may have been compiled anew
+        self._description = None  # the model may have been compiled anew
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -1367,6 +1349,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     ) -> bool:
         """Saves everything under `step`. `values` are those of all variables where the model itself has not got them,
         `arrays` belong to stateful objects, `notes` are further fields of the record."""
+        if self._read_only:
+            return False  # Orbax says so too, but would write what is forced
         self._make_room(step)
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
@@ -1399,13 +1383,16 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         return started
 
     def _make_room(self, step: int) -> None:
-        """Raises if the step cannot be saved, because it is not above the newest one."""
+        """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
         if self._replacing:
             self.wait_until_finished()
-        if self._is_unfinished(step):
-            self._set_aside(step)
         if (newest := self.latest_step()) is not None and step <= newest:
-            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+            with _agreed():
+                self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+                path = _steps_in(self, self.directory).get(step) if step == newest else None
+                record = path and _Record.from_metadata(_step_metadata(path))
+            if record is not None and record.unfinished:
+                self._set_aside(step)
         self._check_newer(step, self.latest_step())
 
     def _record(self, variables: dict[str, list[_Spec]], **notes: Any) -> _Record:
@@ -1413,14 +1400,14 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             variables=variables,
             monitor=self._monitor and [self._monitor, self._resolved_mode()],
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            writer=_writer(),
             processes=jax.process_count(),
             **notes,
         )
 
     def _numbers(self, metrics: Mapping[str, float] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
-        metrics = {name: float(value) for name, value in (metrics or {}).items() if np.ndim(value) == 0}
+        scalars = {name: value for name, value in (metrics or {}).items() if np.ndim(value) == 0}
+        metrics = {name: float(value) for name, value in scalars.items() if hasattr(value, "__float__")}
         if self._monitor is not None and self._monitor not in metrics and is_complete:
             _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
@@ -1428,15 +1415,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 stacklevel=5,
             )
         return metrics
-
-    def _is_unfinished(self, step: int) -> bool:
-        """Whether `step` is there, and inside the epoch whose end has this number as well."""
-        if step != self.latest_step():
-            return False
-        with _agreed():
-            self.wait_until_finished()
-            record = _Record.from_metadata(_step_metadata(_steps_in(self, self.directory)[step]))
-        return record is not None and record.unfinished
 
     def _set_aside(self, step: int) -> None:
         """Makes room for another checkpoint of that number. Until that is committed, this one is still to be found."""
@@ -1510,10 +1488,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             try:
                 restored = self._restore_one(candidate, steps[candidate], variables_for, strict, donate, stateful)
             except CheckpointCorruptError as error:
+                if self._read_only and any(_gather(_is_gone(steps[candidate]))):
+                    continue
                 if step is not None:
                     raise
-                if not (self._read_only and _is_gone(steps[candidate])):
-                    damaged[candidate] = error  # try an older one
+                damaged[candidate] = error  # try an older one
             except CheckpointMismatchError as error:
                 if not damaged:
                     raise
@@ -1527,14 +1506,19 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                 + (", but the model's arrays have been freed" if donate else ", and the model is as it was")
                 + f":\n{_listing([str(error) for error in damaged.values()])}"
             ) from next(iter(damaged.values()))
-        # All of them deleted meanwhile, there are newer ones.
+        # All of them have been deleted meanwhile, and there are newer ones.
         return self._restore(step, variables_for, strict=strict, donate=donate, stateful=stateful) if steps else None
 
     def _found(self) -> dict[int, epath.Path]:
         """All steps that there are, and where: the same on all processes."""
         with _agreed():
             for manager in [each for each in _MANAGERS if each.directory == self.directory]:
-                manager.wait_until_finished()
+                try:
+                    manager.wait_until_finished()
+                except CheckpointError as error:
+                    if manager is self:
+                        raise
+                    manager._failure = error  # which is for that one to raise
         with _agreed():
             _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
             if not self._read_only:  # while another run deletes steps, Orbax stumbles over them
@@ -1549,13 +1533,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         return steps
 
     def _restore_one(
-        self,
-        step: int,
-        path: epath.Path,
-        variables_for: _VariablesFor,
-        strict: bool,
-        donate: bool,
-        stateful: bool,
+        self, step: int, path: epath.Path, variables_for: _VariablesFor, strict: bool, donate: bool, stateful: bool
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with _agreed():
@@ -1569,18 +1547,19 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                     f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
                     "changed. Build the model as it was saved, use another directory, or restore with strict=False."
                 )
-        wanted = {s.name: s.variable.value.sharding for s in sources if s.variable.value.size}
-        if donate:
-            for source in sources:
-                if source.variable.value.size:
-                    source.variable.value.delete()
+        sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
+        wanted = {source.name: source.variable.value.sharding for source in sources}
+        for source in sources if donate else ():
+            source.variable.value.delete()
         with _agreed(), self._damage_of(step):
-            arrays, others = self._read(path, record, sources, wanted, stateful)
+            arrays = _read_arrays(_array_folder(path), wanted)
+            for source, array in zip(sources, arrays):
+                _check_array(source.name, array, source.saved)
+            others = _read_all(path / "stateful") if stateful and record is not None and record.has_arrays else []
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
-        for source in sources:
-            if source.name in arrays:
-                source.variable.assign(arrays[source.name])
+        for source, array in zip(sources, arrays):
+            source.variable.assign(array)
         return _Restored(step, record, others)
 
     @contextlib.contextmanager
@@ -1599,23 +1578,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             text = f"{type(origin).__name__}: {str(origin).strip()[:500]}"
             raise CheckpointCorruptError(f"Step {step} in {self.directory} is damaged: {text}") from error
 
-    def _read(
-        self,
-        path: epath.Path,
-        record: _Record | None,
-        sources: Sequence[_Source],
-        wanted: Mapping[str, jax.sharding.Sharding],
-        stateful: bool,
-    ) -> tuple[dict[str, jax.Array], list[np.ndarray]]:
-        """The arrays of `sources` by name, into the shardings that are wanted, and those of stateful objects."""
-        arrays = dict(zip(wanted, _read_arrays(_array_folder(path), wanted)))
-        for source in sources:
-            if source.name in arrays:
-                _check_array(source.name, arrays[source.name], source.saved)
-        if not (stateful and record is not None and record.has_arrays):
-            return arrays, []
-        return arrays, _read_all(path / "stateful")
-
     def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Their numbers are free then; nothing is deleted."""
         if not paths:
@@ -1628,13 +1590,17 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
                     free = (f"{path.name}.damaged{suffix}" for suffix in free)
                     names.append(next(name for name in free if not (self.directory / name).exists()))
                     _move(path, self.directory / names[-1])
-        self.reload()
+        if not self._read_only:  # see _found()
+            self.reload()
         aside = f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=4)
 
     def wait_until_finished(self) -> None:
         """Waits until everything is committed. Raises if a save has failed; its step is not listed then."""
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise failure
         try:
             super().wait_until_finished()
         except BaseException as error:
@@ -1676,27 +1642,21 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
 
 
-@functools.cache
-def _writer() -> dict[str, Any]:
-    """This process, as temporary folders tell whose they are."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-
-
 def _is_abandoned(path: epath.Path) -> bool:
     """Whether nobody writes into a temporary folder any more."""
     try:
         # A folder in a bucket has no time of its own.
         age = time.time() - (path.stat().mtime or (path / "_CHECKPOINT_METADATA").stat().mtime)
+        notes = [each / _WRITER for each in _entries(path) if (each / _WRITER).exists()]
+        writer = json.loads(notes[0].read_text()) if notes else {}
     except FileNotFoundError:
         return False  # it was committed meanwhile
-    try:
-        writer = _step_metadata(path)["custom_metadata"][_RECORD_KEY]["writer"]
-    except (OSError, ValueError, LookupError, TypeError):  # not even that is written, or it is not ours
+    except ValueError:  # it was killed while it wrote the note
         writer = {}
     if writer.get("host") != _writer()["host"]:
         return age > _ABANDONED_SECONDS  # nothing else is known from here
     if writer["pid"] == os.getpid():
-        return writer["id"] != _writer()["id"]  # in a container, every process may have the same number
+        return writer["id"] != _writer()["id"]
     try:
         os.kill(writer["pid"], 0)
     except ProcessLookupError:
@@ -1710,13 +1670,14 @@ def _is_about_the_store(error: BaseException | None) -> bool:
     """Whether an error, or what has led to it, is one of reaching what is stored, or of memory: not of its content."""
     if error is None:
         return False
-    numbers = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+    codes = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
     return (
         isinstance(error, (PermissionError, ConnectionError, TimeoutError, MemoryError))
-        or (isinstance(error, OSError) and error.errno in numbers)
+        or (isinstance(error, OSError) and error.errno in codes)
         or type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
-        # Of TensorStore and XLA there are only the codes in the text; of gcsfs a word.
+        # Of TensorStore and XLA there are only words in the text; of gcsfs one.
         or str(error).startswith("Forbidden: ")
+        or any(os.strerror(code) in str(error) for code in codes)
         or re.search("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
         is not None
         or _is_about_the_store(error.__cause__ or error.__context__)
@@ -1743,12 +1704,18 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
 
 def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
     """A manager that changes nothing, for a model that is not known yet."""
+    directory = _usable_directory(checkpoint_dir, {"read_only": True})
+    names = [match for path in _entries(directory) if (match := re.fullmatch(r"(?:(.*)_)?(\d+)", path.name))]
+    named = {
+        "step_prefix": next((match[1] for match in names), None),
+        "step_format_fixed_length": next((len(match[2]) for match in names if re.match("0.", match[2])), None),
+    }
     earlier = logging.root.manager.disable
     logging.disable(logging.WARNING)  # in which Orbax says that it is read only
     try:
         for attempt in itertools.count():
             try:
-                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), checkpoint_dir, read_only=True)
+                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), directory, read_only=True, **named)
             except (FileNotFoundError, NotADirectoryError):  # a step was deleted while Orbax looked at it
                 if attempt == 10:
                     raise
@@ -1756,13 +1723,20 @@ def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
         logging.disable(earlier)
 
 
+_DELETING_SECONDS = 1.0  # in which at least one file goes, while a step is being deleted
+
+
 def _is_gone(path: epath.Path) -> bool:
-    """Whether a step that seems damaged has been deleted, or is just being deleted, by a run that goes on."""
-    for _ in range(10):
-        if not path.exists():
-            return True
-        time.sleep(0.1)
-    return False
+    """Whether a run that goes on has deleted what seems to be a damaged step; waits while it does."""
+    before = math.inf
+    while path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            left = len(list(_files(path)))
+            if left >= before:
+                return False
+            before = left
+        time.sleep(_DELETING_SECONDS)
+    return True
 
 
 def load_model(
@@ -1775,7 +1749,7 @@ def load_model(
 ) -> keras.Model:
     """Builds the model that was saved in a directory, with all its state, from the directory alone.
 
-    Works for every model that Keras can save as `.keras`, with the assets of its layers. Reads only:
+    Works for every model that Keras can make from its config, with the assets of its layers. Reads only:
     damaged steps are passed over with a warning, and stay where they are.
 
     Example:
@@ -1826,14 +1800,14 @@ def load_model(
 # -------------------------------------------------------------------------------------------- callback
 
 
-def _signals(numbers: Any) -> tuple[signal.Signals, ...]:
+def _signals(given: Any) -> tuple[signal.Signals, ...]:
     try:
-        signals = tuple(signal.Signals(number) for number in numbers)
+        signals = tuple(signal.Signals(number) for number in given)
     except (TypeError, ValueError):
         signals = None
     if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
         raise ValueError(
-            f"preemption_signals={numbers!r}: give a tuple of signals that can be caught, such as "
+            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
             "(signal.SIGTERM,), or () for none."
         )
     return signals
@@ -1844,9 +1818,13 @@ _PROGRESS_SECONDS = 5.0  # between two lines about reading past
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
-def _check_callback_arguments(save_freq: Any, monitor: Any, stateful: Any, verbose: Any) -> None:
+def _check_callback_arguments(
+    save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
+) -> None:
     if verbose not in (0, 1):
         raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
+    if options.get("read_only"):
+        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
     if save_freq == "epoch":
@@ -1930,7 +1908,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     ):
         super().__init__()
         _check_backend()
-        _check_callback_arguments(save_freq, monitor, stateful, verbose)
+        _check_callback_arguments(save_freq, monitor, stateful, verbose, kwargs)
         if isinstance(model, keras.Model) and not model.compiled:
             raise ValueError(
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
@@ -2024,7 +2002,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                     state, is_past = self._read_past(state, iterator)
                     if is_past:
                         return self._logs, state
-                if self._is_stopped() or self._is_due():
+                if self._signal_received() or self._is_due():
                     self._save_inside(state)
                 for stream in self._streams:
                     stream.note(self._batches)
@@ -2078,7 +2056,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
     def _read(self, iterator: Iterator, batch: int, batches: int) -> None:
         """Reads past a batch."""
-        if self._is_stopped():
+        if self._signal_received():
             self._leave()
         if time.monotonic() - self._saved_at > _PROGRESS_SECONDS:
             self._saved_at = time.monotonic()
@@ -2144,7 +2122,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._before_validation = copies, self._notes()
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._fitting and self._is_stopped():
+        if self._fitting and self._signal_received():
             self._fitted_model.jax_state_sync()
             (fixed, metrics), notes = self._before_validation
             trained, now, optimizer, _ = _values(_train_state(self._fitted_model))
@@ -2161,7 +2139,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._before_validation = None
         if self._resume is not None:
             self._arrive()
-        is_last, is_stopped = model.stop_training or epoch + 1 >= self.params["epochs"], self._is_stopped()
+        is_last, is_stopped = model.stop_training or epoch + 1 >= self.params["epochs"], self._signal_received()
         if self._save_freq == "epoch" or is_last or is_stopped or self._is_due():
             started = self._save(
                 _Position(epoch + 1, 0, self._batches),
@@ -2208,11 +2186,12 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         return position.batches
 
     def _is_due(self) -> bool:
-        if isinstance(self._save_freq, int):
+        if self._save_freq == "epoch":
+            return False
+        if not isinstance(self._save_freq, datetime.timedelta):
             return self._batches // self._save_freq > self._saved // self._save_freq
-        if isinstance(self._save_freq, datetime.timedelta) and self._batches > max(self._saved, self._ask_at):
-            return self._is_time(self._batches - self._saved, time.monotonic() - self._saved_at)
-        return False
+        is_new = self._batches > max(self._saved, self._ask_at)
+        return is_new and self._is_time(self._batches - self._saved, time.monotonic() - self._saved_at)
 
     def _is_time(self, batches: int, seconds: float) -> bool:
         """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
@@ -2284,7 +2263,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _note_signal(self, number: int, frame: Any) -> None:
         self._received = number
 
-    def _is_stopped(self) -> bool:
+    def _signal_received(self) -> bool:
         """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
         asks_jax = _jax_client() is not None and signal.SIGTERM in self._signals
         if asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
@@ -2342,10 +2321,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def _say(self, line: str) -> None:
         if self._verbose and jax.process_index() == 0:
             # Keras's progress bar leaves its line open until all callbacks have seen the end of the epoch.
-            print(
-                f"\n{line}" if line.startswith("Save") and self.params.get("verbose") in ("auto", 1) else line,
-                flush=True,
-            )
+            is_open = line.startswith("Save") and self.params.get("verbose") in ("auto", 1)
+            print("\n" * is_open + line, flush=True)
 
 
 # ---------------------------------------------------------------------------------------- command line
@@ -2355,22 +2332,17 @@ _COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters"
 
 def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
     """What is to be said of a step, by column. Variables and parameters are those that Keras's summary counts."""
-    nanoseconds = _step_metadata(path)["commit_timestamp_nsecs"]
-    saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ")
+    nanoseconds = _step_metadata(path).get("commit_timestamp_nsecs")  # None where an older Orbax wrote it
+    saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups = record.variables if record else _foreign_variables(_array_folder(path))
     weights = [spec for group in _GROUPS[:2] for spec in groups[group] if "/seed_generator_state" not in spec.path]
-    parameters = sum(math.prod(spec.shape) for spec in weights)
-    counts = [f"{_size(path) / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
+    parameters, size = sum(math.prod(spec.shape) for spec in weights), sum(file.stat().length for file in _files(path))
+    counts = [f"{size / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
     if record is None:
         return [str(step), "?", "?", saved, *counts, "", "of another program"]
     epoch, batch, _ = record.position
     metrics = " ".join(f"{name}={value:.4g}" for name, value in (record.metrics or {}).items())
     return [str(step), str(epoch + (batch > 0)), str(batch or "end"), saved, *counts, metrics, ""]
-
-
-def _size(path: epath.Path) -> int:
-    """Bytes in a directory."""
-    return sum(_size(each) if each.is_dir() else each.stat().length for each in _entries(path))
 
 
 def _best(records: Mapping[int, _Record]) -> int | None:
@@ -2414,9 +2386,10 @@ def _look(directory: str, verify: bool) -> bool:
                 with reader._damage_of(step):
                     records[step] = _Record.from_metadata(_step_metadata(path))
                     rows[step] = _row(step, path, records[step])
-            except CheckpointCorruptError as error:
+            except CheckpointError as error:
                 if not _is_gone(path):
-                    damaged[step], rows[step] = error, [str(step), *"??????", "", "damaged"]
+                    mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
+                    damaged[step], rows[step] = error, [str(step), *"??????", "", mark]
         best = _best({step: records[step] for step in rows if records.get(step) is not None})
         for step, mark in ((best, "best"), (max(rows, default=None), "newest")):
             if step is not None:
@@ -2434,7 +2407,8 @@ def _look(directory: str, verify: bool) -> bool:
                 except CheckpointCorruptError as error:
                     if not _is_gone(path):
                         damaged[step] = error
-    for line in damaged.values() or (["All arrays are intact."] if verify else []):
+    intact = "All arrays are intact." if None not in records.values() else "All can be read; some have no checksums."
+    for line in damaged.values() or ([intact] if verify else []):
         print(line)
     return not damaged
 
@@ -2446,6 +2420,9 @@ def _main() -> int:
     arguments = parser.parse_args()
     try:
         return 0 if _look(arguments.directory, arguments.verify) else 1
+    except BrokenPipeError:  # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it exits
+        return 1
     except (OSError, CheckpointError, ValueError) as error:
         print(f"{arguments.directory}: {error}", file=sys.stderr)
         return 2

@@ -626,6 +626,49 @@ def test_save_of_another_manager_that_is_on_its_way_is_waited_for(tmp_path):
     assert managers[1].all_steps() == [] and managers[1].restore_state() == 0
 
 
+def test_failure_of_another_manager_is_left_for_that_one_to_raise(tmp_path):
+    model = dense_model(20_000)
+    failing, other = (KerasOrbaxCheckpointManager(model, tmp_path) for _ in range(2))
+    save(model, tmp_path, 0)
+    failing.reload()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    earlier = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        failing.save_state(1)
+        assert other.restore_state() == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, earlier)
+    with pytest.raises(CheckpointError, match="Saving step 1 .* has failed"):
+        failing.wait_until_finished()
+    failing.wait_until_finished()
+
+
+def test_read_only_manager_writes_nothing(trained, tmp_path):
+    model, directory = dense_model(), copy_of(trained, tmp_path)
+    shutil.copytree(directory / "2", directory / "3.orbax-checkpoint-tmp")
+    os.utime(directory / "3.orbax-checkpoint-tmp", (0, 0))
+    before = contents(directory)
+    manager = KerasOrbaxCheckpointManager(model, directory, read_only=True)
+    assert manager.restore_state() == 2 and manager.save_state(3) is False
+    assert contents(directory) == before
+
+
+def test_logs_that_are_no_numbers_are_left_out(tmp_path):
+    model = dense_model()
+    name = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(when="12:00", none=None))
+    fit(model, 1, name, callback(model, tmp_path))
+    record = json.loads((tmp_path / "0/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    assert record["metrics"].keys() == {"loss"}
+
+
+def test_variable_in_the_place_of_a_folder_of_variables_is_refused():
+    paths = {"trainable_variables": ["a/x"], "non_trainable_variables": ["a/x/kernel"]}
+    with pytest.raises(ValueError, match="trainable_variables have the path 'a/x'"):
+        orbax_keras_ckpt._check_paths(paths)
+
+
 def test_names_that_the_user_gave_are_never_matched_by_position(tmp_path):
     saved = named_blocks(["block_1", "block_2"])
     fit(saved, 1)
@@ -909,6 +952,45 @@ def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
     assert [path.name for path in directory.iterdir() if not path.name.isdecimal()] == []
 
 
+def test_step_that_is_being_deleted_slowly_is_not_damaged(tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_keras_ckpt, "_DELETING_SECONDS", 0.2)
+    model = dense_model()
+    for epoch in range(2):
+        save(model, tmp_path, epoch)
+
+    def delete_slowly():
+        for path in sorted(path for path in (tmp_path / "1").rglob("*") if path.is_file()):
+            path.unlink()
+            time.sleep(0.1)
+        shutil.rmtree(tmp_path / "1")
+
+    thread = threading.Thread(target=delete_slowly)
+    thread.start()
+    time.sleep(0.05)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 1 .*Steps there: \[0\]"):
+        load_model(tmp_path, 1)
+    thread.join()
+
+
+def test_load_model_finds_steps_however_they_are_named(tmp_path):
+    for number, options in enumerate(({"step_prefix": "ckpt"}, {"step_format_fixed_length": 6})):
+        model = dense_model()
+        fit(model, 2, callback(model, tmp_path / str(number), **options))
+        assert_equal(values(load_model(tmp_path / str(number))), values(model))
+        assert orbax_keras_ckpt._look(str(tmp_path / str(number)), verify=True)
+
+
+def test_model_compiled_anew_between_saves_is_described_anew(tmp_path):
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    manager.save_state(0)
+    compiled(model, keras.optimizers.SGD(0.25))
+    manager.save_state(1)
+    manager.wait_until_finished()
+    assert float(load_model(tmp_path).optimizer.learning_rate) == 0.25
+    assert_equal(values(load_model(tmp_path)), values(model))
+
+
 def test_load_model_says_what_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
     for directory, message in ((tmp_path / "empty", "There is no checkpoint in"), (tmp_path / "none", "No such file")):
@@ -1066,13 +1148,15 @@ DAMAGES = {
     "default removed": lambda step: remove(step / "default"),
     "all files removed": lambda step: [remove(path) for path in step.iterdir()],
     "half copied": half_copied,
+    "format edited": lambda step: edit_record(step, '"format": 2', '"format": 3'),
     "record edited": lambda step: edit_record(step, '"epoch": 3', '"epoch": 2'),
     "record renamed": lambda step: edit_record(step, '"orbax_keras_ckpt"', '"orbax_kerbs_ckpt"'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage, wider, tmp_path):
+def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage, wider, tmp_path, monkeypatch):
+    monkeypatch.setattr(orbax_keras_ckpt, "_DELETING_SECONDS", 0.01)  # nothing is being deleted
     reference, _ = wider
     directory = copy_of(wider, tmp_path)
     DAMAGES[damage](directory / "2")
@@ -1162,19 +1246,36 @@ def test_trouble_with_reaching_the_store_is_not_damage(wider, tmp_path):
     assert not isinstance(raised.value, CheckpointCorruptError)
 
 
+@pytest.mark.parametrize("text", ["UNKNOWN: Error reading: Input/output error", "ABORTED: Stale file handle"])
+def test_what_tensorstore_says_of_a_failing_disk_is_not_damage(text):
+    assert orbax_keras_ckpt._is_about_the_store(ValueError(text))
+    assert not orbax_keras_ckpt._is_about_the_store(ValueError("DATA_LOSS: Digest mismatch"))
+
+
 # --------------------------------------------------------------------------------------- failed and unfinished writes
 
 
-def test_temporary_folders_of_killed_saves_are_removed_and_those_of_the_living_are_not(trained, tmp_path):
-    directory = copy_of(trained, tmp_path)
-    ours = json.loads((directory / "2/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]["writer"]
-    living = subprocess.Popen(["sleep", "300"])
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    day = 24 * 3600
+def test_temporary_folder_of_a_killed_save_is_removed_and_that_of_a_living_process_is_not(tmp_path):
+    directory = tmp_path / "ckpt"
+    saving = Process(tmp_path / "log", stop_while_saving, str(directory))
+    for _ in range(600):
+        if (tmp_path / "log").exists() and "stopped" in (tmp_path / "log").read_text():
+            break
+        time.sleep(0.1)
+    model = dense_model()
+    save(model, directory, 0)
+    left = [path.name for path in directory.iterdir() if path.name != "0"]
+    assert len(left) == 1 and left[0].startswith("100.orbax-checkpoint-tmp")
+    os.kill(saving.process.pid, signal.SIGKILL)
+    saving.join()
+    save(model, directory, 1)
+    assert sorted(path.name for path in directory.iterdir()) == ["0", "1"]
+
+
+def test_temporary_folders_of_which_no_process_is_known_here_are_removed_after_a_day(trained, tmp_path):
+    directory, day = copy_of(trained, tmp_path), 24 * 3600
+    ours = orbax_keras_ckpt._writer()
     cases = {  # name: (writer, age in seconds, whether it stays)
-        "dead": ({**ours, "pid": dead.pid}, 0, False),
-        "living": ({**ours, "pid": living.pid}, 2 * day, True),
         "this": (ours, 2 * day, True),
         "same number": ({**ours, "id": "another"}, 0, False),
         "other host": ({**ours, "host": "another"}, 0, True),
@@ -1183,18 +1284,11 @@ def test_temporary_folders_of_killed_saves_are_removed_and_those_of_the_living_a
         "unknown long ago": (None, 2 * day, False),
     }
     for number, (writer, age, _) in enumerate(cases.values()):
-        path = directory / f"{100 + number}.orbax-checkpoint-tmp"
-        shutil.copytree(directory / "2", path)
-        if writer is None:
-            empty(path / "_CHECKPOINT_METADATA")
-        else:
-            edit_record(path, json.dumps(ours)[1:-1].split(", ")[1], json.dumps(writer)[1:-1].split(", ")[1])
-            edit_record(path, ours["host"], writer["host"])
-            edit_record(path, ours["id"], writer["id"])
+        path = shutil.copytree(directory / "2", directory / f"{100 + number}.orbax-checkpoint-tmp")
+        (path / "default/orbax_keras_ckpt.writer").write_text(json.dumps(writer) if writer else "")
         os.utime(path, (time.time() - age,) * 2)
     model = dense_model()
     fit(model, 4, callback(model, directory))
-    living.kill()
     left = [int(path.name.split(".")[0]) - 100 for path in directory.glob("*tmp")]
     assert sorted(left) == [number for number, case in enumerate(cases.values()) if case[2]]
     assert KerasOrbaxCheckpointManager(model, directory).all_steps() == [0, 1, 2, 3]
@@ -1248,6 +1342,7 @@ REFUSALS = [
     ({"preemption_signals": (signal.SIGKILL,)}, ValueError, "preemption_signals"),
     ({"preemption_signals": ("SIGTERM",)}, ValueError, "preemption_signals"),
     ({"verbose": 7}, ValueError, "verbose=7"),
+    ({"read_only": True}, ValueError, "read_only=True: this callback saves"),
     ({"max_to_kep": 3}, TypeError, "'max_to_kep'"),
     ({"checkpoint_dir": ""}, ValueError, "checkpoint_dir=''"),
     ({"checkpoint_dir": None}, ValueError, "checkpoint_dir=None"),
@@ -1274,7 +1369,12 @@ def uncompiled():
 
 
 def of_later_format(directory):
-    edit_record(directory / "2", '"format": 2', '"format": 99')
+    path = directory / "2/_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    record = {**metadata["custom_metadata"]["orbax_keras_ckpt"], "format": 99}
+    del record["crc32"]
+    metadata["custom_metadata"]["orbax_keras_ckpt"] = orbax_keras_ckpt._sealed(record)
+    path.write_text(json.dumps(metadata))
     return directory
 
 
@@ -1432,6 +1532,7 @@ def test_checkpoints_of_each_format_stay_readable(fixture, tmp_path):
     assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 1
     assert [weight.tolist() for weight in model.get_weights()] == [[[1.5], [-2.25]], [0.125]]
     assert float(model.optimizer.learning_rate) == 0.5
+    assert_equal(values(load_model(tmp_path)), values(model))
     assert model.fit(np.zeros((4, 2)), np.zeros((4, 1)), epochs=4, verbose=0, callbacks=[callback(model, tmp_path)]).epoch == [2, 3]
     garble(tmp_path / "1/_CHECKPOINT_METADATA")
     with pytest.raises(CheckpointCorruptError):
@@ -1688,7 +1789,7 @@ class At(keras.callbacks.Callback):
 
 def test_steps_count_batches_unless_epochs_are_saved(tmp_path):
     model = dense_model()
-    checkpoint = callback(model, tmp_path, None, save_freq=3)
+    checkpoint = callback(model, tmp_path, None, save_freq=np.int64(3))
     fit(model, 2, checkpoint)  # of four batches
     assert checkpoint.checkpoint_manager.all_steps() == [3, 6, 8]  # and the last state
     fit(model, 4, checkpoint)
@@ -2433,6 +2534,15 @@ def train_and_fail(work, end):
     fit(model, 2, OrbaxCheckpointCallback(model, os.path.join(work, "ckpt"), save_freq=3), Fail())
 
 
+def stop_while_saving(directory):
+    model = dense_model(1_000_000)
+    KerasOrbaxCheckpointManager(model, directory).save_state(100)
+    while not any(pathlib.Path(directory).glob("100.*/*/orbax_keras_ckpt.writer")):
+        pass
+    print("stopped", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
 def go_on(directory, stop):
     """Trains, and keeps one checkpoint, until a file is there."""
     model = dense_model(400)
@@ -2517,9 +2627,8 @@ def bucket_cycle(directory):
     for epoch, number in ((1, signal.SIGKILL), (2, signal.SIGTERM)):
         result["exit codes"].append(script("bucket_train", directory, epoch, int(number), check=False).returncode)
         result["after kill" if epoch == 1 else "after term"] = entries()
-    record = json.loads((folder / "0/_CHECKPOINT_METADATA").read_text())
-    record["custom_metadata"]["orbax_keras_ckpt"]["writer"]["id"] = "dead"
-    (folder / "90/_CHECKPOINT_METADATA").write_text(json.dumps(record))  # what a killed save leaves
+    (folder / "90/_CHECKPOINT_METADATA").write_text("{}")  # what a killed save leaves
+    (folder / "90/default/orbax_keras_ckpt.writer").write_text(json.dumps({**orbax_keras_ckpt._writer(), "id": "dead"}))
     result["resumed"] = {"equal": bucket_train(directory) == expected, "entries": entries()}
     path = max((folder / "3/default/ocdbt.process_0/d").iterdir(), key=lambda path: path.stat().length)
     data = bytearray(path.read_bytes())
