@@ -1334,6 +1334,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         self._description = None  # the model may have been compiled anew
+        if self._read_only:
+            return False
         self._description = None  # the model may have been compiled anew
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
@@ -1349,16 +1351,12 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
     ) -> bool:
         """Saves everything under `step`. `values` are those of all variables where the model itself has not got them,
         `arrays` belong to stateful objects, `notes` are further fields of the record."""
-        if self._read_only:
-            return False  # Orbax says so too, but would write what is forced
         self._make_room(step)
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
             values = _values(members.values() for members in variables.values())
         self._check_is_distributed(values)
         metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
-        several = jax.process_count() > 1
-        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if several else None
         if self._description is None:  # it takes a while
             self._description = _described(self._model)
         config, assets = self._description
@@ -1396,6 +1394,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._check_newer(step, self.latest_step())
 
     def _record(self, variables: dict[str, list[_Spec]], **notes: Any) -> _Record:
+        """What to note of a checkpoint. With several processes, what is of this one goes into a file of its own."""
+        several = jax.process_count() > 1
+        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if several else None
         return _Record(
             variables=variables,
             monitor=self._monitor and [self._monitor, self._resolved_mode()],
@@ -1465,18 +1466,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         found = self._restore(step, lambda *_: variables, strict=strict, donate=donate)
         return None if found is None else found.step
 
-    def _restore(
-        self,
-        step: int | None,
-        variables_for: _VariablesFor,
-        *,
-        strict: bool = True,
-        donate: bool = False,
-        stateful: bool = False,
-    ) -> "_Restored | None":
+    def _restore(self, step: int | None, variables_for: _VariablesFor, **how: bool) -> "_Restored | None":
         """The newest step that is intact, or that step. None where the directory is empty.
 
-        `variables_for` a step, its record and its folder are given its values; what it raises is raised.
+        `variables_for` a step, its record and its folder are given its values; what it raises is raised. `how` is
+        strict, donate, stateful, as in _restore_one().
         """
         steps = self._found()
         if step is not None and step not in steps:
@@ -1486,7 +1480,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         damaged = {}
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             try:
-                restored = self._restore_one(candidate, steps[candidate], variables_for, strict, donate, stateful)
+                restored = self._restore_one(candidate, steps[candidate], variables_for, **how)
             except CheckpointCorruptError as error:
                 if self._read_only and any(_gather(_is_gone(steps[candidate]))):
                     continue
@@ -1503,11 +1497,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         if damaged:
             raise CheckpointCorruptError(
                 f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
-                + (", but the model's arrays have been freed" if donate else ", and the model is as it was")
+                + (", but the model's arrays have been freed" if how.get("donate") else ", and the model is as it was")
                 + f":\n{_listing([str(error) for error in damaged.values()])}"
             ) from next(iter(damaged.values()))
         # All of them have been deleted meanwhile, and there are newer ones.
-        return self._restore(step, variables_for, strict=strict, donate=donate, stateful=stateful) if steps else None
+        return self._restore(step, variables_for, **how) if steps else None
 
     def _found(self) -> dict[int, epath.Path]:
         """All steps that there are, and where: the same on all processes."""
@@ -1533,7 +1527,13 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         return steps
 
     def _restore_one(
-        self, step: int, path: epath.Path, variables_for: _VariablesFor, strict: bool, donate: bool, stateful: bool
+        self,
+        step: int,
+        path: epath.Path,
+        variables_for: _VariablesFor,
+        strict: bool = True,
+        donate: bool = False,
+        stateful: bool = False,
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with _agreed():
