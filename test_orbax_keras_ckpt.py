@@ -1532,7 +1532,8 @@ def test_checkpoints_of_each_format_stay_readable(fixture, tmp_path):
     assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 1
     assert [weight.tolist() for weight in model.get_weights()] == [[[1.5], [-2.25]], [0.125]]
     assert float(model.optimizer.learning_rate) == 0.5
-    assert_equal(values(load_model(tmp_path)), values(model))
+    if "quantization_config" in layers.Dense(1).get_config():  # older versions of Keras do not know these configs
+        assert_equal(values(load_model(tmp_path)), values(model))
     assert model.fit(np.zeros((4, 2)), np.zeros((4, 1)), epochs=4, verbose=0, callbacks=[callback(model, tmp_path)]).epoch == [2, 3]
     garble(tmp_path / "1/_CHECKPOINT_METADATA")
     with pytest.raises(CheckpointCorruptError):
