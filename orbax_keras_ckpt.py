@@ -1517,7 +1517,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
             if not self._read_only:  # while another run deletes steps, Orbax stumbles over them
                 self.reload()  # others may have written since we looked
-            steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
+            for _ in range(10):
+                steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
+                if steps or not (self._read_only and _entries(self.directory)):
+                    break
+                time.sleep(0.1)  # the only one may have gone since it was listed, and its successor not be in the list
         seen = _gather(sorted(steps))
         if any(each != seen[0] for each in seen):
             raise CheckpointError(
