@@ -2296,6 +2296,10 @@ def test_keras_still_has_what_the_seams_touch():
     assert isinstance(generator, keras.random.SeedGenerator)
     orbax_keras_ckpt._set_global_seed_generator(None)
     assert orbax_keras_ckpt._global_seed_generator() is None
+    orbax_keras_ckpt._rename(model.trainable_variables[0], "another/path")
+    assert model.trainable_variables[0].path == "another/path"
+    with pytest.raises(ValueError, match="safe_mode"), orbax_keras_ckpt._serialization(safe_mode=True):
+        keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layers.Lambda(lambda x: x)))
 
 
 def test_orbax_still_has_what_the_seams_touch(tmp_path):
