@@ -1709,17 +1709,18 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
 def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
     """A manager that changes nothing, for a model that is not known yet."""
     directory = _usable_directory(checkpoint_dir, {"read_only": True})
-    names = [match for path in _entries(directory) if (match := re.fullmatch(r"(?:(.*)_)?(\d+)", path.name))]
-    named = {
-        "step_prefix": next((match[1] for match in names), None),
-        "step_format_fixed_length": next((len(match[2]) for match in names if re.match("0.", match[2])), None),
-    }
+    names = [path.name for path in _entries(directory) if (path / "_CHECKPOINT_METADATA").exists()]
+    names = [match for name in names if (match := re.fullmatch(r"(?:(.*)_)?(\d+)", name))]
+    prefixes = {match[1] for match in names}
+    prefix = None if None in prefixes else min(prefixes, default=None)
+    length = next((len(match[2]) for match in names if match[1] == prefix and re.match("0.", match[2])), None)
     earlier = logging.root.manager.disable
     logging.disable(logging.WARNING)  # in which Orbax says that it is read only
     try:
         for attempt in itertools.count():
             try:
-                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), directory, read_only=True, **named)
+                options = {"read_only": True, "step_prefix": prefix, "step_format_fixed_length": length}
+                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), directory, **options)
             except (FileNotFoundError, NotADirectoryError):  # a step was deleted while Orbax looked at it
                 if attempt == 10:
                     raise

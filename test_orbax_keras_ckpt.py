@@ -973,8 +973,9 @@ def test_step_that_is_being_deleted_slowly_is_not_damaged(tmp_path, monkeypatch)
 
 
 def test_load_model_finds_steps_however_they_are_named(tmp_path):
-    for number, options in enumerate(({"step_prefix": "ckpt"}, {"step_format_fixed_length": 6})):
+    for number, options in enumerate(({}, {"step_prefix": "ckpt"}, {"step_format_fixed_length": 6})):
         model = dense_model()
+        (tmp_path / str(number) / "a_007").mkdir(parents=True)
         fit(model, 2, callback(model, tmp_path / str(number), **options))
         assert_equal(values(load_model(tmp_path / str(number))), values(model))
         assert orbax_keras_ckpt._look(str(tmp_path / str(number)), verify=True)
