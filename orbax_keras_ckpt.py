@@ -1033,9 +1033,13 @@ def _read_arrays(directory: epath.Path, shardings: Mapping[str, jax.sharding.Sha
         return list(pool.map(read, _open_arrays(directory, shardings), shardings.values()))
 
 
+def _open_all(directory: epath.Path) -> list[ts.TensorStore]:
+    """All arrays of a tree without folders, by the order of their names."""
+    return _open_arrays(directory, sorted(_tree_paths(directory)))
+
+
 def _read_all(directory: epath.Path) -> list[np.ndarray]:
-    """All arrays of a tree, by the order of their names."""
-    return [store.read().result() for store in _open_arrays(directory, sorted(_tree_paths(directory)))]
+    return [store.read().result() for store in _open_all(directory)]
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -1256,7 +1260,8 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
         self._mode = mode
-        self._description = self._failure = None
+        self._description = None  # of the model, before it is saved
+        self._failure = None  # of a save, that this manager has not raised yet
         self._read_only = bool(kwargs.get("read_only"))
         self._saving = None  # the step whose save was started last
         self._fitting = False  # the callback asks JAX for signals then
@@ -1333,10 +1338,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
-        self._description = None  # the model may have been compiled anew
         if self._read_only:
             return False
-        self._description = None  # the model may have been compiled anew
+        self._description = _described(self._model)  # which may have been compiled anew
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -1357,8 +1361,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             values = _values(members.values() for members in variables.values())
         self._check_is_distributed(values)
         metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
-        if self._description is None:  # it takes a while
-            self._description = _described(self._model)
         config, assets = self._description
         notes |= {"position": position, "metrics": metrics, "has_arrays": bool(arrays)}
         record = self._record(_specs(variables), model=config, has_assets=bool(assets), **notes)
@@ -2335,9 +2337,11 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 _COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", "")
 
 
-def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
-    """What is to be said of a step, by column. Variables and parameters are those that Keras's summary counts."""
-    nanoseconds = _step_metadata(path).get("commit_timestamp_nsecs")  # None where an older Orbax wrote it
+def _row(step: int, path: epath.Path, record: _Record | None, nanoseconds: int | None) -> list[str]:
+    """What is to be said of a step that was committed at that time, by column.
+
+    Variables and parameters are those that Keras's summary counts.
+    """
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups = record.variables if record else _foreign_variables(_array_folder(path))
     weights = [spec for group in _GROUPS[:2] for spec in groups[group] if "/seed_generator_state" not in spec.path]
@@ -2370,7 +2374,7 @@ def _verify(path: epath.Path, record: _Record | None) -> None:
     for name, spec, store in zip(specs, specs.values(), stores):
         _check_array(name, store, spec)
     for item, is_there in (("stateful", record.has_arrays), ("assets", record.has_assets)) if record else ():
-        stores += _open_arrays(path / item, _tree_paths(path / item)) if is_there else []
+        stores += _open_all(path / item) if is_there else []
     progress = keras.utils.Progbar(len(stores), unit_name="array")
     for store in stores:
         store.read().result()
@@ -2379,39 +2383,47 @@ def _verify(path: epath.Path, record: _Record | None) -> None:
         record.with_part(folder, process)
 
 
+def _print_table(rows: Mapping[int, list[str]], best: int | None) -> None:
+    for step, mark in ((best, "best"), (max(rows, default=None), "newest")):
+        if step is not None:
+            rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
+    table = [_COLUMNS, *rows.values()]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Whether all of it is intact, as far as that has been looked at."""
     rows, records, damaged = {}, {}, {}
     with _reader(directory) as reader:
+
+        @contextlib.contextmanager
+        def noting_damage(step: int, path: epath.Path) -> Iterator[None]:
+            try:
+                with reader._damage_of(step):
+                    yield
+            except CheckpointError as error:
+                if not _is_gone(path):
+                    mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
+                    damaged[step] = error
+                    rows.setdefault(step, [str(step), *"??????", "", mark])
+
         steps = sorted(reader._found().items())
         if not steps:
             raise FileNotFoundError("There is no checkpoint in this directory.")
         for step, path in steps:
-            try:
-                with reader._damage_of(step):
-                    records[step] = _Record.from_metadata(_step_metadata(path))
-                    rows[step] = _row(step, path, records[step])
-            except CheckpointError as error:
-                if not _is_gone(path):
-                    mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
-                    damaged[step], rows[step] = error, [str(step), *"??????", "", mark]
-        best = _best({step: records[step] for step in rows if records.get(step) is not None})
-        for step, mark in ((best, "best"), (max(rows, default=None), "newest")):
-            if step is not None:
-                rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
-        table = [_COLUMNS, *rows.values()]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+            with noting_damage(step, path):
+                metadata = _step_metadata(path)
+                records[step] = _Record.from_metadata(metadata)
+                # There is no time where an older Orbax wrote it.
+                rows[step] = _row(step, path, records[step], metadata.get("commit_timestamp_nsecs"))
+        _print_table(rows, _best({step: records[step] for step in rows if records.get(step) is not None}))
         for step, path in steps if verify else ():
             if step in rows.keys() - damaged.keys():
                 print(f"Step {step}:", flush=True)
-                try:
-                    with reader._damage_of(step):
-                        _verify(path, records[step])
-                except CheckpointCorruptError as error:
-                    if not _is_gone(path):
-                        damaged[step] = error
+                with noting_damage(step, path):
+                    _verify(path, records[step])
     intact = "All arrays are intact." if None not in records.values() else "All can be read; some have no checksums."
     for line in damaged.values() or ([intact] if verify else []):
         print(line)

@@ -123,6 +123,11 @@ def contents(directory):
     return {str(path): path.read_bytes() for path in pathlib.Path(directory).rglob("*") if path.is_file()}
 
 
+def record_of(step):
+    """What the module has noted in the folder of a step."""
+    return json.loads((step / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+
+
 FORKS = multiprocessing.get_context("forkserver")  # processes that have imported everything already
 FORKS.set_forkserver_preload([pathlib.Path(__file__).stem])
 
@@ -324,8 +329,7 @@ def test_folder_has_what_the_guide_lists_and_no_further_folder(trained):
 
 def test_record_holds_position_variables_history_and_config(trained):
     model, directory = trained
-    metadata = json.loads((directory / "2" / "_CHECKPOINT_METADATA").read_text())
-    record = metadata["custom_metadata"]["orbax_keras_ckpt"]
+    record = record_of(directory / "2")
     assert record["format"] == 2
     assert record["position"]["epoch"] == 3
     assert record["variables"]["trainable_variables"] == [
@@ -436,7 +440,7 @@ def test_monitor_and_options_of_orbax_keep_their_checkpoints_side_by_side(tmp_pa
         manager.save_state(epoch, metrics={"loss": loss})
     manager.wait_until_finished()
     assert manager.all_steps() == [0, 2, 4, 6]  # every fourth, the best, the newest
-    record = json.loads((tmp_path / "2/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    record = record_of(tmp_path / "2")
     assert record["metrics"] == {"loss": 1.0}
 
 
@@ -659,7 +663,7 @@ def test_logs_that_are_no_numbers_are_left_out(tmp_path):
     model = dense_model()
     name = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(when="12:00", none=None))
     fit(model, 1, name, callback(model, tmp_path))
-    record = json.loads((tmp_path / "0/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    record = record_of(tmp_path / "0")
     assert record["metrics"].keys() == {"loss"}
 
 
@@ -858,7 +862,7 @@ def test_model_without_config_trains_and_resumes(tmp_path):
 
     model = compiled(NoConfig())
     fit(model, 1, callback(model, tmp_path))
-    record = json.loads((tmp_path / "0/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    record = record_of(tmp_path / "0")
     assert "no config here" in record["model"]["error"]
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path)).epoch == [0, 1]
@@ -1796,7 +1800,7 @@ def test_steps_count_batches_unless_epochs_are_saved(tmp_path):
     assert checkpoint.checkpoint_manager.all_steps() == [3, 6, 8]  # and the last state
     fit(model, 4, checkpoint)
     assert checkpoint.checkpoint_manager.all_steps() == [3, 6, 8, 9, 12, 15, 16]
-    record = json.loads((tmp_path / "6/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
+    record = record_of(tmp_path / "6")
     assert record["position"] == {"epoch": 1, "batch": 2, "batches": 6}
 
 
@@ -1806,7 +1810,7 @@ def test_snapshot_inside_an_epoch_has_its_number_and_the_complete_one_replaces_i
     def leave(number):
         with pytest.raises(SystemExit):
             fit(model, 3, callback(model, tmp_path, 1), At(1, number, lambda self: os.kill(os.getpid(), signal.SIGTERM)))
-        return json.loads((tmp_path / "1/_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]["position"]
+        return record_of(tmp_path / "1")["position"]
 
     assert leave(1) == {"epoch": 1, "batch": 1, "batches": 5}
     tree = ocp.CheckpointManager(tmp_path).restore(1)
