@@ -1,4 +1,4 @@
-# orbax_keras_ckpt.py, version 0.3.0
+# orbax_keras_ckpt.py, version 1.0.0.dev
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
 """Fault-tolerant training for Keras 3 on JAX, with Orbax underneath.
@@ -58,6 +58,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -102,7 +103,7 @@ __all__ = [
     "OrbaxCheckpointCallback",
     "load_model",
 ]
-__version__ = "0.3.0"
+__version__ = "1.0.0.dev"
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -121,7 +122,7 @@ class CheckpointCorruptError(CheckpointError, OSError):
 
 # ---------------------------------------------------------------------------------------------- record
 
-_FORMAT = 2  # 1 had no checksums in the arrays
+_FORMAT = 3
 _RECORD_KEY = "orbax_keras_ckpt"
 _COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
 _REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
@@ -149,51 +150,115 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
-def _pack(value: Any, arrays: list[np.ndarray] | None = None) -> Any:
-    """`value` as JSON. Arrays turn into base64, or into references to `arrays`, which they are added to."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+# What _pack takes, by the name that stands in the JSON. Nothing else can be named there.
+_SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+_MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, collections.Counter)}
+_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # of a defaultdict
+_DATES = {kind.__name__: kind for kind in (datetime.datetime, datetime.date)}
+_OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
+_BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+_INLINE_BYTES = 2**13  # larger arrays do not go into the JSON
+
+
+def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
+    """`value` as JSON; large arrays as references to `arrays`, to which their .npy bytes are added.
+
+    TypeError where the value would not come back with the same types, unless `default` makes something else of it.
+    """
+    pack, kind = functools.partial(_pack, arrays=arrays, default=default), type(value)
+    if value is None or kind in (bool, int, float, str):
         return value
-    if isinstance(value, bytes):
+    if kind in _SEQUENCES.values():
+        return {kind.__name__: [pack(item) for item in value]}
+    if kind is collections.deque:
+        return {"deque": [pack(item) for item in value], "maxlen": value.maxlen}
+    if kind in _MAPPINGS.values():
+        return {kind.__name__: [[pack(key), pack(item)] for key, item in value.items()]}
+    if kind is collections.defaultdict and (value.default_factory or dict) in _FACTORIES.values():
+        factory = value.default_factory and value.default_factory.__name__
+        return {"defaultdict": [[pack(key), pack(item)] for key, item in value.items()], "factory": factory}
+    if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [_pack(item, arrays) for item in value]}
-    if isinstance(value, dict):
-        return {"dict": [[_pack(key), _pack(item, arrays)] for key, item in value.items()]}
-    if isinstance(value, (np.ndarray, np.generic, jax.Array)) and np.asarray(value).dtype != object:
-        array = np.asarray(value)
-        if arrays is not None and array.size and array.ndim:
-            arrays.append(array.copy())  # it is written in the background
-            return {"array": len(arrays) - 1}
-        return {"base64": base64.b64encode(array.tobytes()).decode(), "dtype": str(array.dtype), "shape": array.shape}
-    if (name := _operation(value)) is not None:
-        return {"operation": name}
-    raise TypeError(f"a {type(value).__name__} cannot be saved")
+    if kind in _DATES.values():
+        return {kind.__name__: value.isoformat()}
+    if kind is np.random.Generator and type(value.bit_generator).__name__ in _BIT_GENERATORS:
+        return {"generator": type(value.bit_generator).__name__, "state": pack(value.bit_generator.state)}
+    if kind is np.random.RandomState or kind is random.Random:
+        return {"random": pack(value.getstate() if kind is random.Random else value.get_state(legacy=False))}
+    if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
+            return _pack_array(value, arrays)
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+        return {"torch": pack(value.detach().cpu().numpy())}
+    for name, operation in _OPERATIONS.items():
+        if value is operation:
+            return {"operation": name}
+    if default is not None:
+        return pack(default(value), default=None)
+    raise TypeError(f"a {kind.__name__} cannot be saved")
 
 
-def _operation(value: Any) -> str | None:
-    """The name of a function of `keras.ops`: callbacks remember what "better" means as one of these."""
-    name = getattr(value, "__name__", "")
-    return name if isinstance(name, str) and name and getattr(keras.ops, name, None) is value else None
+def _pack_array(value: np.ndarray | np.generic | jax.Array, arrays: list[np.ndarray] | None) -> dict[str, Any]:
+    array, buffer = np.asarray(value), io.BytesIO()
+    if array.dtype.hasobject or array.dtype.kind == "T":
+        raise TypeError("objects")
+    is_foreign = array.dtype.isbuiltin == 2  # bfloat16 and its like, of which .npy files know nothing
+    np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
+    data = buffer.getvalue()
+    if arrays is None or len(data) <= _INLINE_BYTES:
+        place = base64.b64encode(data).decode()
+    else:
+        place = len(arrays)
+        arrays.append(np.frombuffer(data, np.uint8))
+    kind = "jax" if isinstance(value, jax.Array) else "scalar" if isinstance(value, np.generic) else "numpy"
+    return {kind: place, "dtype": array.dtype.name if is_foreign else None}
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     """The inverse of `_pack`."""
-    match value:
-        case {"bytes": text}:
-            return base64.b64decode(text)
-        case {"list": items}:
-            return [_unpack(item, arrays) for item in items]
-        case {"tuple": items}:
-            return tuple(_unpack(item, arrays) for item in items)
-        case {"dict": items}:
-            return {_unpack(key): _unpack(item, arrays) for key, item in items}
-        case {"array": index}:
-            return arrays[index]
-        case {"operation": name}:
-            return getattr(keras.ops, name)
-        case {"base64": text, "dtype": dtype, "shape": shape}:
-            return np.frombuffer(base64.b64decode(text), jax.numpy.dtype(dtype)).reshape(shape).copy()[()]
-    return value
+    unpack = functools.partial(_unpack, arrays=arrays)
+    if not isinstance(value, dict):
+        return value
+    (kind, content), *others = value.items()
+    other = others[0][1] if others else None
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](unpack(item) for item in content)
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind]({unpack(key): unpack(item) for key, item in content})
+    if kind in _DATES:
+        return _DATES[kind].fromisoformat(content)
+    match kind:
+        case "deque":
+            return collections.deque(map(unpack, content), other)
+        case "defaultdict":
+            items = {unpack(key): unpack(item) for key, item in content}
+            return collections.defaultdict(_FACTORIES[other] if other else None, items)
+        case "bytes":
+            return base64.b64decode(content)
+        case "generator" if content in _BIT_GENERATORS:
+            generator = np.random.Generator(getattr(np.random, content)())
+            generator.bit_generator.state = unpack(other)
+            return generator
+        case "random":
+            state = unpack(content)
+            generator = np.random.RandomState() if isinstance(state, dict) else random.Random()
+            (generator.set_state if isinstance(state, dict) else generator.setstate)(state)
+            return generator
+        case "torch":
+            return sys.modules["torch"].from_numpy(np.array(unpack(content)))
+        case "operation":
+            return _OPERATIONS[content]
+        case "numpy" | "scalar" | "jax":
+            data = base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
+            array = np.load(io.BytesIO(data), allow_pickle=False)
+            array = array.view(jax.numpy.dtype(other)) if other else array
+            return array if kind == "numpy" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
+    raise ValueError(f"{kind!r} is not a kind of value that is saved")
+
+
+def _copied(value: Any, default: Callable | None = None) -> Any:
+    """A copy that shares nothing with `value`; of what cannot be saved, a copy of what `default` makes of it."""
+    return _unpack(_pack(value, arrays := [], default), arrays)
 
 
 def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,28 +281,25 @@ class _Record:
     position: _Position
     variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
     metrics: dict[str, float] | None = None
-    history: dict[str, Any] | None = None  # of keras.callbacks.History: epoch, history
-    random: Any = None  # the random state here, at the start of the epoch's data, of the whole stream's
-    epoch_random: Any = None
-    stream_random: Any = None
-    logs: dict[str, float] | None = None  # what the last batch of an unfinished epoch returned
-    stateful: list[dict[str, Any]] | None = None  # name and state of each
+    own: Any = None  # what belongs to one process, as _pack() makes it
+    stateful: list[str] | None = None  # the names of the stateful objects
+    num_batches: int | None = None  # of an epoch, if that is known
+    is_resumable: bool = False  # whether `fit` read resumable()
+    is_trained: bool = False  # whether all batches of the epoch are
     unfinished: bool = False  # inside an epoch; its end may get the same number
     stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
     model: dict[str, Any] | None = None
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    has_arrays: bool = False  # of stateful objects
+    has_arrays: bool = False  # in `own`
     has_assets: bool = False  # of layers
     monitor: list[str] | None = None  # what decides which checkpoint is best, and "min" or "max"
-    processes: int = 1  # with several, each has left its own random states and stateful objects in a file of its own
+    processes: int = 1  # with several, each has left its `own` in a file
 
-    OWN = ("random", "epoch_random", "stream_random", "stateful")
+    OWN = ("own",)
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
-        # Logs may hold numpy values.
-        plain = json.dumps(fields, default=lambda value: value.tolist() if hasattr(value, "tolist") else repr(value))
-        return {_RECORD_KEY: _sealed(json.loads(plain))}
+        return {_RECORD_KEY: _sealed(json.loads(json.dumps(fields)))}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "_Record | None":
@@ -272,6 +334,8 @@ class _Record:
 # ----------------------------------------------------------------------------------------------- seams
 # Every private or version-dependent touch of Keras and Orbax. Each has a test that fails when it moves.
 
+_TESTED = "Keras 3.10 to 3.15"
+
 
 def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
     """Makes the `fit` that is about to loop start at `epoch`; None takes that back."""
@@ -279,52 +343,115 @@ def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
     model._initial_epoch = epoch
 
 
-def _call_last(model: keras.Model, params: dict, **hooks: Callable) -> bool:
-    """Calls `hooks` behind the methods of the same names of all the user's callbacks.
+class _Fit(NamedTuple):
+    """What stands in the frame of the `fit` that is starting."""
 
-    False where `fit` has no History of its own, or one that its user has put before us.
-    """
-    history = getattr(model, "history", None)
-    # The parameters are one dict for all callbacks of a fit. `epoch` is set by History.on_train_begin.
-    if history is None or history.params is not params or "epoch" in vars(history):
-        return False
-    for name, hook in hooks.items():  # Keras puts History behind the user's callbacks, and offers no other way there
-        method = getattr(history, name)
-
-        def both(*args: Any, method: Callable = method, hook: Callable = hook, **kwargs: Any) -> None:
-            method(*args, **kwargs)
-            hook(*args, **kwargs)
-
-        setattr(history, name, both)
-    return True
+    callbacks: keras.callbacks.CallbackList
+    epoch_iterator: Any  # which gives `fit` its batches
+    data: Any  # its argument x
 
 
-def _call_at_end(model: keras.Model, hook: Callable[[], None]) -> None:
-    """Calls `hook` once when `fit` ends, by return or by exception, before `on_train_end`."""
-    # Keras calls no callback when fit raises. Its `finally` has one call that can be followed.
-    finalize = model.optimizer.finalize_variable_values
-
-    def finalize_and_end(variables: Any) -> None:
-        vars(model.optimizer).pop("finalize_variable_values", None)
-        try:
-            finalize(variables)
-        finally:
-            hook()
-
-    vars(model.optimizer)["finalize_variable_values"] = finalize_and_end
-
-
-def _wrap_train_function(model: keras.Model, wrap: Callable) -> Callable:
-    """Puts `wrap(function)` where `fit` calls `logs, state = function(state, iterator)` for each batch."""
-    function = wrap(model.train_function)
-    model.train_function = function
-    return function
+def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
+    """The `fit` that is calling the `on_train_begin` of a callback."""
+    # Callbacks are told neither of the other callbacks nor of the data. The frames are let go at once.
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+        frame = frame.f_back
+    callbacks = frame and frame.f_locals["self"]
+    names = frame.f_back.f_locals if frame else {}
+    iterator = names.get("epoch_iterator")
+    touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
+    if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
+        raise RuntimeError(
+            f"This callback works inside the fit() of a Keras model on the JAX backend, as it is in {_TESTED}; this is "
+            f"Keras {keras.__version__}. Nothing was trained. Call model.fit(), or get a newer orbax_keras_ckpt.py."
+        )
+    if callback not in callbacks.callbacks:
+        raise ValueError("Give this callback to fit itself, in the list `callbacks`, and not to another callback.")
+    return _Fit(callbacks, iterator, names["x"])
 
 
-def _give_back(model: keras.Model, state: tuple) -> None:
-    """Lets `fit` put `state` back into the model although no batch follows: it has taken the variables out."""
-    model._jax_state = dict(zip(_GROUPS, state))
-    model._jax_state_synced = False
+def _is_last(callbacks: keras.callbacks.CallbackList, callback: keras.callbacks.Callback) -> bool:
+    """Whether a callback is the last one of `fit`. If not, makes it that, and has `on_train_begin` called again."""
+    running = callbacks.callbacks
+    if running[-1] is callback:
+        return True
+    # `fit` is iterating over the old list, and gets to its end.
+    callbacks.callbacks = [each for each in running if each is not callback] + [callback]
+    running.append(callback)
+    return False
+
+
+def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended: Callable[[bool], None]) -> None:
+    """Calls `trained` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises."""
+    # Keras calls no callback when fit raises. In both places it syncs the state, and in no other by itself.
+    sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
+
+    def jax_state_sync() -> None:
+        sync()
+        names = sys._getframe(1).f_locals
+        if names.get("epoch_iterator") is iterator and "training_finished" in names:
+            if names["training_finished"]:
+                ended(True)
+            elif sys.exc_info()[1] is not handled:
+                ended(False)
+            else:
+                trained()
+
+    vars(model)["jax_state_sync"] = jax_state_sync
+
+
+def _unwatch_fit(model: keras.Model) -> None:
+    vars(model).pop("jax_state_sync", None)
+
+
+def _last_logs(fit: _Fit) -> Any:
+    """What the last train step of a running `fit` has returned."""
+    frame = sys._getframe(1)
+    while frame.f_locals.get("epoch_iterator") is not fit.epoch_iterator:
+        frame = frame.f_back
+    return frame.f_locals["logs"]
+
+
+def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
+    """Lets `fit` take the steps of each epoch, (first batch, ..., iterator), from `batches(Keras's own steps)`."""
+    own = fit.epoch_iterator._enumerate_iterator
+    fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
+
+
+def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
+    """Whether the next epoch goes on with this iterator over batches, rather than starting a new one."""
+    return fit.epoch_iterator.steps_per_epoch is not None and fit.epoch_iterator._current_iterator is iterator
+
+
+def _count_as_seen(fit: _Fit, batches: int) -> None:
+    """Tells Keras that its present iterator has given batches of earlier epochs."""
+    fit.epoch_iterator._steps_seen += batches
+
+
+def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable:
+    """Makes the next step of `fit` return `logs` and change nothing, and no callback hear of it."""
+    # Where only validation is left of an epoch, fit needs the logs of its last step.
+    callbacks, train_function = fit.callbacks, model.train_function
+
+    def step(state: tuple, iterator: Iterator) -> tuple:
+        model.train_function = train_function
+        return logs, state
+
+    def end(batch: int, logs: Any = None) -> None:
+        del callbacks.on_train_batch_begin, callbacks.on_train_batch_end
+
+    model.train_function = step
+    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, end
+    return step
+
+
+def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
+    """Whether each SwapEMAWeights of `fit` has the averages in the model; with `states`, tells them so first."""
+    swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
+    for swap, state in zip(swaps, states or ()):
+        swap._ema_weights_in_model = state
+    return [swap._ema_weights_in_model for swap in swaps]
 
 
 def _steps_in(manager: ocp.CheckpointManager, directory: epath.Path) -> dict[int, epath.Path]:
@@ -476,6 +603,16 @@ def _tree_paths(directory: epath.Path) -> list[str]:
     tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+
+
+def _has_workers(fit: _Fit) -> bool:
+    """Whether Keras draws the batches of a PyDataset in other threads or processes."""
+    return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
+
+
+def _jax_owns_sigterm() -> bool:
+    """Whether JAX has agreed to catch SIGTERM for all processes: with jax.distributed, unless it was told not to."""
+    return _jax_client() is not None and getattr(jax.config, "jax_enable_preemption_service", True)
 
 
 def _jax_client() -> Any:
@@ -726,22 +863,21 @@ def _listing(lines: list[str]) -> str:
 # ---------------------------------------------------------------------------------------- random state
 
 
-def _random_state() -> Any:
-    """The global random generators as JSON: Python's, numpy's, Keras's, and torch's if it is imported."""
+def _random_state() -> dict[str, Any]:
+    """The global random generators: Python's, numpy's, Keras's, and torch's if it is imported."""
     generator = _global_seed_generator()
+    version, internal, gauss_next = random.getstate()
     state = {
-        "python": random.getstate(),
+        "python": (version, np.array(internal, np.uint32), gauss_next),
         "numpy": np.random.get_state(legacy=False),
-        "keras": None if generator is None else np.asarray(generator.state.value),
+        "keras": None if generator is None else np.array(generator.state.value),
     }
-    state["python"] = (*state["python"][:1], np.array(state["python"][1], np.uint32), *state["python"][2:])
     if "torch" in sys.modules:
         state["torch"] = sys.modules["torch"].get_rng_state().numpy()
-    return _pack(state)
+    return state
 
 
-def _set_random_state(packed: Any) -> None:
-    state = _unpack(packed)
+def _set_random_state(state: Mapping[str, Any]) -> None:
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal.tolist()), gauss_next))
     np.random.set_state(state["numpy"])
@@ -757,15 +893,30 @@ def _set_random_state(packed: Any) -> None:
 # -------------------------------------------------------------------------------------- stateful objects
 
 
-def _attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """What a Keras callback remembers: its attributes, but for the run's own and for functions of the script."""
-    functions = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, np.ufunc, functools.partial, type)
-    schedule = keras.optimizers.schedules.LearningRateSchedule
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if name not in ("_model", "params") and (_operation(value) or not isinstance(value, (*functions, schedule)))
-    }
+_SCRIPTS_OWN = (  # functions, classes and the like: what the script sets anew
+    types.FunctionType,
+    types.MethodType,
+    types.BuiltinFunctionType,
+    types.ModuleType,
+    np.ufunc,
+    functools.partial,
+    type,
+    keras.optimizers.schedules.LearningRateSchedule,
+)
+
+
+def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
+    for get, put in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
+        if hasattr(member, get) and hasattr(member, put):
+            return getattr(member, get), getattr(member, put)
+    return None
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if type(one) is not type(other):
+        return False
+    packed = [(_pack(value, arrays := []), [array.tobytes() for array in arrays]) for value in (one, other)]
+    return packed[0] == packed[1]
 
 
 class _Stateful:
@@ -774,126 +925,125 @@ class _Stateful:
     def __init__(self, member: Any, label: str):
         self.name = type(member).__name__
         self.label = f"{label} ({self.name})"
-        self.is_data = hasattr(member, "__iter__") or hasattr(member, "__next__")
-        self._member = member
-        if hasattr(member, "get_state") and hasattr(member, "set_state"):
-            self._get, self._set = member.get_state, member.set_state
-        elif hasattr(member, "state_dict") and hasattr(member, "load_state_dict"):
-            self._get, self._set = member.state_dict, member.load_state_dict
-        elif isinstance(member, keras.callbacks.Callback):
+        self.member = member
+        is_keras = isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset))
+        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and not is_keras):
+            raise TypeError(
+                f"{self.label} gives batches. Keras reads ahead of training, so its state is not that of the batch "
+                "which is next. Leave it out of stateful, and give fit `checkpoint.resumable(iterator)` as its data."
+            )
+        if methods := _state_methods(member):
+            self.get, self._put = methods
+        elif isinstance(member, keras.utils.PyDataset):
+            self.get, self._put = self._order, vars(member).update
+        elif is_keras:
             self._initial = {}
-            self._get, self._set = self._changed_attributes, self._set_attributes
+            self.get, self._put = self._changed, self._set_changed
+            self._initial = self.copy()
         else:
             raise TypeError(
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
-        self._initial = self.check()
 
-    def check(self) -> Any:
-        """The state as JSON. Raises where that is not possible."""
-        try:
-            return _pack(self._get())
-        except TypeError as error:
-            raise TypeError(f"The state of {self.label} cannot be saved: {error}. Leave it out.") from error
+    def put(self, state: Any) -> None:
+        self._put(_copied(state))
 
-    def save(self, batches: int, arrays: list[np.ndarray]) -> Any:
-        """The state as it has to be before batch `batches` of the run is trained on."""
-        return _pack(self._get(), arrays)
+    def copy(self) -> Any:
+        """A copy of the state. TypeError where it cannot be saved."""
+        state = self.get()
+        for name, value in state.items() if type(state) is dict else [("", state)]:
+            try:
+                _pack(value, [])
+            except TypeError as error:
+                what = f"attribute {name!r}" if isinstance(self.member, keras.callbacks.Callback) else "state"
+                raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave it out.") from error
+        return _copied(state)
 
-    def load(self, state: Any, arrays: Sequence[np.ndarray]) -> None:
-        self._set(_unpack(state, arrays))
+    def copy_before_validation(self) -> Any:
+        """A copy of the state where validation may change it, else None: few callbacks hear of it."""
+        base = keras.callbacks.Callback
+        hooks = [name for name in vars(base) if name.startswith("on_test_")]
+        is_deaf = all(getattr(type(self.member), name, None) is getattr(base, name) for name in hooks)
+        return None if is_deaf else self.copy()
 
-    def _changed_attributes(self) -> dict[str, Any]:
-        """Those that differ from what the script had set: what it sets anew when run again is its own choice."""
-        initial = dict(self._initial["dict"]) if self._initial else {}
+    def _changed(self) -> dict[str, Any]:
+        """A callback's attributes that differ from what the script has set: what it sets anew is its own choice."""
+        attributes = {name: value for name, value in vars(self.member).items() if name not in ("_model", "params")}
+        return {
+            name: value
+            for name, value in attributes.items()
+            if (value in _OPERATIONS.values() if callable(value) else not isinstance(value, _SCRIPTS_OWN))
+            and not (name in self._initial and _is_same(value, self._initial[name]))
+        }
 
-        def is_changed(name: str, value: Any) -> bool:
-            packed = _pack(value, arrays := [])
-            return bool(arrays) or packed != initial.get(name, arrays)
+    def _set_changed(self, changed: Mapping[str, Any]) -> None:
+        vars(self.member).update(_copied(self._initial) | changed)
 
-        return {name: value for name, value in _attributes(self._member).items() if is_changed(name, value)}
-
-    def _set_attributes(self, changed: Mapping[str, Any]) -> None:
-        vars(self._member).update(_unpack(self._initial) | dict(changed))
+    def _order(self) -> dict[str, Any]:
+        return {name: value for name, value in _dataset_attributes(self.member).items() if _is_order(value)}
 
 
-class _Stream(_Stateful):
-    """An iterator that `fit` reads batches from, further than it has trained.
+# A PyDataset may change itself between epochs: the textbook kind shuffles its index. Then its numbers, texts and
+# one-dimensional arrays belong to the run. Other arrays are taken for the data, which is not saved each time.
 
-    States are noted as (number of the batch drawn next, state). How far Keras is ahead is found out by drawing the
-    first batches of a fit once more; from then on it does not change.
-    """
+_ORDER_BYTES = 2**26  # a larger array is data
 
-    _STEADY, _DISTANCE = 8, 16  # batches: until Keras's buffers are filled, and between two notes
-    _start: Any = None  # where a run continues
 
-    def begin(self, iterator: Iterator, batches: int) -> None:
-        """Before the first batch of a fit; `iterator` is Keras's, at the end of its buffers."""
-        if self._start is None:
-            self._start = _unpack(self._initial)
+def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
+    own = vars(keras.utils.PyDataset())
+    return {n: v for n, v in vars(dataset).items() if n not in own and not isinstance(v, _SCRIPTS_OWN)}
+
+
+def _is_order(value: Any) -> bool:
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and not isinstance(value, np.memmap)
+    if isinstance(value, (list, tuple, set, dict)):
+        return all(map(_is_order, value.values() if isinstance(value, dict) else value))
+    try:
+        _pack(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
+    """The hooks by which a dataset may change itself between epochs."""
+    base = keras.utils.PyDataset
+    hooks = [name for name in ("on_epoch_begin", "on_epoch_end") if hasattr(base, name)]
+    return [name for name in hooks if getattr(type(dataset), name) is not getattr(base, name)]
+
+
+def _changing_dataset(data: Any, stateful: Sequence[_Stateful]) -> _Stateful | None:
+    """The data of `fit`, if it is a dataset that may change itself between epochs, and not in `stateful` already."""
+    if not isinstance(data, keras.utils.PyDataset) or any(each.member is data for each in stateful):
+        return None
+    return _Stateful(data, "The dataset") if _state_methods(data) or _overridden(data) else None
+
+
+def _marks(dataset: keras.utils.PyDataset) -> dict[str, Any]:
+    """What of a dataset is not saved: the first rows of arrays, the first objects of lists, None for other objects."""
+    marks = {}
+    for name, value in _dataset_attributes(dataset).items():
+        if isinstance(value, (np.ndarray, jax.Array)):
+            mark = zlib.crc32(np.asarray(value[:64]).tobytes()) if value.ndim else 0
+        elif isinstance(value, (list, tuple, set, dict)):
+            mark = [id(each) for each in itertools.islice(value.values() if isinstance(value, dict) else value, 64)]
         else:
-            for _ in range(self._drawn):  # from before the state was put back
-                next(iterator)
-        self._ahead, self._notes, self._start = None, [(batches, self._start)], None
-
-    def load(self, state: Any, arrays: Sequence[np.ndarray]) -> None:
-        self._drawn = self._draws_since(_unpack(self._initial))
-        note, draws = _unpack(state, arrays)
-        self._set(note)
-        for _ in range(draws):
-            next(self._member)
-        self._start = self._get()
-
-    def note(self, batches: int) -> None:
-        """Called before each batch."""
-        if self._ahead is None:
-            if batches >= self._notes[0][0] + self._STEADY:
-                self._ahead = self._measure(batches)
-        elif batches + self._ahead >= self._notes[-1][0] + self._DISTANCE:
-            self._notes = [self._notes[-1], (batches + self._ahead, self._get())]
-
-    def save(self, batches: int, arrays: list[np.ndarray]) -> Any:
-        ahead = self._measure(batches) if self._ahead is None else self._ahead
-        notes = [*self._notes, (batches + ahead, self._get())]
-        start, state = max((note for note in notes if note[0] <= batches), key=lambda note: note[0])
-        return _pack((state, batches - start), arrays)
-
-    def end(self) -> None:
-        """After a fit: another one starts from here."""
-        self._initial = _pack(self._get())
-
-    def _measure(self, batches: int) -> int:
-        start, state = self._notes[0]
-        ahead = self._draws_since(state) - (batches - start)
-        if ahead < 0:
-            raise ValueError(
-                f"{self.label} has given fewer batches than fit has trained on. Let fit read from it, one batch for "
-                "each next(), or leave it out of stateful."
-            )
-        return ahead
-
-    def _draws_since(self, state: Any) -> int:
-        """How many draws lead from `state` to where the iterator is, and where it is again in the end."""
-        here, draws = _pack(self._get()), 0
-        self._set(state)
-        while _pack(self._get()) != here:
-            next(self._member)
-            draws += 1
-        return draws
+            mark = None
+        if not _is_order(value):
+            marks[name] = mark
+    return marks
 
 
-class _Counted:
-    """An iterator that counts."""
-
-    def __init__(self, iterator: Iterator):
-        self.iterator = iterator
-        self.count = 0
-
-    def __next__(self) -> Any:
-        item = next(self.iterator)
-        self.count += 1
-        return item
+def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], problem: str) -> None:
+    if names:
+        _warn(
+            f"{type(dataset).__name__} overrides {' and '.join(_overridden(dataset))}, and {problem}: "
+            f"{', '.join(names)}. A run that is continued sees other data then. Give the dataset get_state and "
+            "set_state, and put it into stateful.",
+            stacklevel=6,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- arrays
@@ -1199,7 +1349,7 @@ _ABANDONED_SECONDS = 24 * 3600.0  # without a change, for a temporary folder tha
 class _Restored(NamedTuple):
     step: int
     record: _Record | None  # None where others wrote the checkpoint
-    arrays: list[np.ndarray]  # of the stateful objects
+    own: Any  # what this process has saved; where there were more or fewer then, process 0
 
 
 _VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
@@ -1348,13 +1498,14 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         step: int,
         position: _Position,
         metrics: Mapping[str, float] | None,
+        *,
         values: Sequence[list[jax.Array]] | None = None,
-        arrays: Sequence[np.ndarray] = (),
+        own: Any = None,
         force: bool = False,
         **notes: Any,
     ) -> bool:
-        """Saves everything under `step`. `values` are those of all variables where the model itself has not got them,
-        `arrays` belong to stateful objects, `notes` are further fields of the record."""
+        """Saves everything under `step`. `values` are those of all variables, metrics included, where they are not the
+        model's, `own` is what belongs to this process, `notes` are further fields of the record."""
         self._make_room(step)
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
@@ -1362,14 +1513,15 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._check_is_distributed(values)
         metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
         config, assets = self._description
-        notes |= {"position": position, "metrics": metrics, "has_arrays": bool(arrays)}
+        arrays = [] if jax.process_count() == 1 else None  # into the file of each process
+        notes |= {"position": position, "metrics": metrics, "own": _pack(own, arrays), "has_arrays": bool(arrays)}
         record = self._record(_specs(variables), model=config, has_assets=bool(assets), **notes)
         try:
             with _agreed():
                 self._remove_leftovers()
             started = self.save(
                 step,
-                args=ocp.args.Composite(**_items(variables, values, arrays, assets)),
+                args=ocp.args.Composite(**_items(variables, values, arrays or (), assets)),
                 metrics=metrics if self._monitor is not None else None,
                 custom_metadata=record.to_metadata(),
                 force=force,
@@ -1409,8 +1561,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
 
     def _numbers(self, metrics: Mapping[str, float] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
-        scalars = {name: value for name, value in (metrics or {}).items() if np.ndim(value) == 0}
-        metrics = {name: float(value) for name, value in scalars.items() if hasattr(value, "__float__")}
+        kinds = (bool, numbers.Real, np.generic, np.ndarray, jax.Array)
+        numeric = {str(n): v for n, v in (metrics or {}).items() if isinstance(v, kinds) and np.size(v) == 1}
+        metrics = {name: float(value) for name, value in numeric.items() if np.asarray(value).dtype.kind in "biuf"}
         if self._monitor is not None and self._monitor not in metrics and is_complete:
             _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
@@ -1472,7 +1625,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         """The newest step that is intact, or that step. None where the directory is empty.
 
         `variables_for` a step, its record and its folder are given its values; what it raises is raised. `how` is
-        strict, donate, stateful, as in _restore_one().
+        strict, donate, as in _restore_one().
         """
         steps = self._found()
         if step is not None and step not in steps:
@@ -1539,7 +1692,6 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         variables_for: _VariablesFor,
         strict: bool = True,
         donate: bool = False,
-        stateful: bool = False,
     ) -> _Restored:
         """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
         with _agreed():
@@ -1561,12 +1713,13 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             arrays = _read_arrays(_array_folder(path), wanted)
             for source, array in zip(sources, arrays):
                 _check_array(source.name, array, source.saved)
-            others = _read_all(path / "stateful") if stateful and record is not None and record.has_arrays else []
+            others = _read_all(path / "stateful") if record is not None and record.has_arrays else []
+            own = _unpack(record.own, others) if record is not None else None
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        return _Restored(step, record, others)
+        return _Restored(step, record, own)
 
     @contextlib.contextmanager
     def _damage_of(self, step: int) -> Iterator[None]:
@@ -1807,9 +1960,679 @@ def load_model(
 # -------------------------------------------------------------------------------------------- callback
 
 
+class _Reader:
+    """Keras's iterator over batches: how many it has given, the last one, and the random state before the first."""
+
+    def __init__(self, iterator: Iterator):
+        self.iterator, self.count, self.random, self.last = iterator, 0, None, None
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.count:
+            self.random = _random_state()
+        self.last = None  # frees its memory for the next one
+        self.last = next(self.iterator)
+        self.count += 1
+        return self.last
+
+
+def _fingerprint(batch: Any) -> dict[str, Any]:
+    """The shapes of a batch, and a checksum of the first numbers of each array, as far as this process has them."""
+    shapes, checksum = [], 0
+    for leaf in jax.tree.leaves(batch):
+        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
+        shapes.append(list(np.shape(leaf)))
+        for part in [shard.data for shard in shards if shard.replica_id == 0] if shards else [leaf]:
+            if (array := np.asarray(part)).dtype != object:
+                checksum = zlib.crc32(array.reshape(-1)[: 2**18].tobytes(), checksum)
+    return {"shapes": shapes, "checksum": checksum}
+
+
+class _Resumable:
+    """The batches of an iterator or loader, and the state before each batch that has not been trained on yet."""
+
+    def __init__(self, data: Any):
+        methods = _state_methods(data)
+        if methods is None or not hasattr(data, "__iter__"):
+            raise TypeError(
+                f"resumable({type(data).__name__}): give an iterator with get_state and set_state (Grain) or with "
+                "state_dict and load_state_dict, or a loader that has these (torchdata's StatefulDataLoader)."
+            )
+        self._data, (self._get, self._put) = data, methods
+        self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
+        self._iterator: Iterator | None = None
+        self._states = collections.deque()
+        self._number = 0  # of the batch that the first state is from before
+        self.drawn = self.drawn_before = 0  # in all, and before this fit
+        self.generator = self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        is_empty = False
+        while True:
+            if self._iterator is None:
+                self._iterator = iter(self._data)
+            state = copy.deepcopy(self._get())
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if is_empty:
+                    raise ValueError(f"resumable({type(self._data).__name__}): it gives no batches.") from None
+                is_empty = True
+                self._restart(self._beginning)
+            else:
+                is_empty = False
+                self._states.append(state)
+                self.drawn += 1
+                yield batch
+
+    def _restart(self, state: Any) -> None:
+        self._iterator = None  # a loader takes up the state with a new one
+        if state is not None:
+            self._put(copy.deepcopy(state))
+
+    def rewind(self, state: Any) -> int:
+        """Goes on from a state, or from the beginning. How many batches `fit` has drawn that are void now."""
+        self._restart(self._beginning if state is None else state)
+        self._states.clear()
+        self._number = 0
+        return self.drawn - self.drawn_before
+
+    def forget(self, trained: int) -> None:
+        """Drops the states before batches that have been trained on."""
+        while self._states and self._number < trained:
+            self._states.popleft()
+            self._number += 1
+
+    def state(self, trained: int) -> Any:
+        """The state before the first batch that has not been trained on."""
+        self.forget(trained)
+        if self._number != trained:
+            raise ValueError(
+                f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
+                f"{self._number}. Let fit read one batch for each of the generator's."
+            )
+        return self._states[0] if self._states else self._get()
+
+
+class _Unchanged:
+    """A variable that keeps its value, and says whether what would have been restored is equal."""
+
+    def __init__(self, variable: keras.Variable):
+        self._variable, self.is_equal = variable, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._variable, name)
+
+    def assign(self, array: jax.Array) -> None:
+        pairs = zip(array.addressable_shards, self._variable.value.addressable_shards)
+        self.is_equal = all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes() for a, b in pairs)
+
+
+_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
+_PROGRESS_SECONDS = 5.0  # between two lines about skipping
+_SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
+
+
+def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
+    """All variables that training changes, as `fit` hands them to the train function."""
+    optimizer = model.optimizer.variables
+    return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
+
+
+def _references(groups: Iterable[Iterable[keras.Variable]]) -> list[weakref.ref]:
+    return [weakref.ref(variable.value) for variable in itertools.chain(*groups)]
+
+
+def _are_replaced(references: list[weakref.ref], groups: Iterable[Iterable[keras.Variable]]) -> bool:
+    """Whether anybody has assigned to variables since; in any process."""
+    replaced = any(old() is not new.value for old, new in zip(references, itertools.chain(*groups), strict=True))
+    return any(_gather(replaced))
+
+
+def _learning_rate(model: keras.Model) -> float | None:
+    """The learning rate, where it is a number and not a schedule."""
+    rate = getattr(model.optimizer, "learning_rate", None)
+    return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
+
+
+class _Run:
+    """One `fit`, from its start to its end."""
+
+    def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
+        self.callback, self.fit = callback, fit
+        self.model, self.manager = callback._fitted_model, callback.checkpoint_manager
+        self.resumable = callback._resumable
+        self.epochs = callback.params["epochs"]
+        self.dataset = _changing_dataset(fit.data, callback._stateful)
+        self.marks: dict[str, Any] | None = None  # of the dataset
+        self.start = _Position(0, batches=0)  # where the run continues, or begins
+        self.first_epoch = 0
+        self.restored: _Restored | None = None
+        self.own: dict[str, Any] = {}  # what the checkpoint holds of this process
+        self.is_skipping = False  # until the first batch that has not been trained on
+        self.stale = 0  # batches that Keras holds from before the data was rewound
+        self.reader = _Reader(iter(()))
+        self.epoch = self.base = self.before = 0  # `base` and `before`: batches before this epoch, of reader and run
+        self.is_trained = False  # whether all batches of the epoch are
+        self.references: list[weakref.ref] = []  # to the values that the variables had
+        self.before_validation: tuple | None = None  # what validation may change
+        self.saved, self.saved_at, self.ask_at = 0, time.monotonic(), 0
+        self.on_disk: int | None = None
+        self.received: int | None = None  # a signal
+        self.handlers: list[tuple[int, Any]] = []  # earlier ones
+        self.passing: Callable | None = None
+        self.failure: Exception | None = None
+
+    @property
+    def batch(self) -> int:
+        """How many batches of this epoch have been trained on."""
+        return self.reader.count - self.base
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the whole run have been trained on."""
+        return self.before + self.batch
+
+    # Starting.
+
+    def begin(self) -> None:
+        """The very end of `on_train_begin`, behind all other callbacks."""
+        self._check()
+        rate = _learning_rate(self.model)
+        self.restored = self._restore()
+        self.saved = self.before = self._batches_at(self.start)
+        if self.restored is None:
+            self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
+        else:
+            self._say_loaded(rate)
+            self._continue()
+        if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
+            self.stale = self.resumable.rewind(self._data_of("state"))
+        self._catch_signals()
+        _watch_fit(self.model, self.fit, self._end_training, self.end)
+        _stand_between(self.fit, self.steps)
+
+    def _check(self) -> None:
+        """Raises before anything is restored what a save would raise."""
+        self.manager._start_run()
+        for member in self._members():
+            member.copy()  # again: what other callbacks have just opened, such as files, cannot be saved
+        iterator = self.fit.epoch_iterator
+        if self.resumable is not None and self.resumable.drawn == self.resumable.drawn_before:
+            raise ValueError(
+                "checkpoint.resumable(data) was called, but fit does not read what it returned. Nothing was trained. "
+                "Give it to fit: model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
+            )
+        if self.resumable is not None and iterator.steps_per_epoch is None:
+            raise ValueError(
+                "checkpoint.resumable(data) starts again when the data ends, so fit has to be told the length of an "
+                "epoch. Nothing was trained. Give it steps_per_epoch=..."
+            )
+        if self.dataset is not None and not _state_methods(self.fit.data):
+            self.marks = _marks(self.fit.data)
+            opaque = [name for name, mark in self.marks.items() if mark is None]
+            _warn_of_dataset(self.fit.data, opaque, "may change there what cannot be saved")
+        if self._drawn_earlier() and self.resumable is None:
+            _warn(
+                "The generator given to fit has been read by an earlier fit. Where Keras has read ahead of training, "
+                "those batches are lost. Make it anew for each fit, or give fit checkpoint.resumable(iterator).",
+                stacklevel=6,
+            )
+        if _has_workers(self.fit) and iterator.data_adapter.shuffle:
+            _warn(
+                f"{type(self.fit.data).__name__} has workers={self.fit.data.workers}: with shuffle=True, Keras carries "
+                "batches over from one epoch to the next, so a run that is interrupted continues with other batches. "
+                "Use workers=1, or shuffle=False.",
+                stacklevel=6,
+            )
+
+    def _members(self) -> list[_Stateful]:
+        return [*self.callback._stateful, *([self.dataset] if self.dataset else [])]
+
+    def _data_of(self, name: str) -> Any:
+        """What the checkpoint that is being continued says of the position in the data."""
+        return (self.own.get("data") or {}).get(name)
+
+    def _restore(self) -> "_Restored | None":
+        """Restores the newest checkpoint, unless an earlier `fit` of this callback has left the model there."""
+        if self.callback._has_run:
+            compared: list[_Unchanged] = []
+
+            def compare(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, Any]]:
+                self._plan(step, record, path)
+                groups = _variables(self.model, optimizer=False) if record is not None and not record.unfinished else {}
+                groups = {group: {n: _Unchanged(v) for n, v in members.items()} for group, members in groups.items()}
+                compared[:] = itertools.chain(*(members.values() for members in groups.values()))
+                return groups
+
+            restored = self.manager._restore(None, compare)
+            if all(_gather(bool(compared) and all(each.is_equal for each in compared))):
+                return restored
+        return self.manager._restore(None, self._plan, donate=True)
+
+    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
+        """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
+        self.start = start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
+        is_stopped = record is not None and self.epochs <= (record.stopped or 0)
+        self.first_epoch = max(start.epoch, self.epochs) if is_stopped else start.epoch
+        self._check_stateful(record)
+        if self.first_epoch < self.epochs:
+            self._check_number(step, record is not None and record.unfinished)
+            self._check_data(step, record)
+        return _variables(self.model, metrics=record is not None and _GROUPS[3] in record.variables)
+
+    def _check_stateful(self, record: _Record | None) -> None:
+        saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
+        if saved is None and given:
+            _warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=8)
+        elif saved is not None and saved != given:
+            raise CheckpointMismatchError(
+                f"The checkpoint was saved with stateful={saved}, but stateful={given} is given. Nothing was changed. "
+                "Give objects of the same types in the same order, or use another directory."
+            )
+
+    def _check_number(self, step: int, is_unfinished: bool) -> None:
+        following = self._step(self.start.epoch, self._batches_at(self.start) + 1)
+        if following < step or (following == step and not is_unfinished):
+            raise ValueError(
+                f"With save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, the "
+                f"next checkpoint would be step {following}. Step {following} is not above {step}, the newest in "
+                f"{self.manager.directory}. Nothing was changed. Give them as before, or use another directory."
+            )
+
+    def _check_data(self, step: int, record: _Record | None) -> None:
+        """Compares what is known of the data before a batch is drawn."""
+        start, batches, calls = self.start, self.fit.epoch_iterator.num_batches, self.model.steps_per_execution
+        if record is None or record.stateful is None:
+            if self.fit.epoch_iterator.steps_per_epoch is not None:
+                _warn(
+                    f"Step {step} was not saved by this callback, so it is not known how much of the data has been "
+                    "read: it starts from its beginning.",
+                    stacklevel=8,
+                )
+            return
+        problem = None
+        if record.is_resumable and self.resumable is None:
+            problem = "while fit read checkpoint.resumable(data), which it is not given now"
+        elif start.batch and None not in (record.num_batches, batches) and record.num_batches != batches:
+            problem = (
+                f"inside an epoch of {record.num_batches} batches, and now an epoch has {batches}: the batch size or "
+                "the data has changed"
+            )
+        elif start.batch % calls and not record.is_trained:
+            problem = f"after {start.batch} batches of an epoch, which is no multiple of steps_per_execution={calls}"
+        if problem:
+            raise CheckpointMismatchError(
+                f"Step {step} in {self.manager.directory} was saved {problem}. Nothing was changed. Give fit what it "
+                "was given then, or use another directory."
+            )
+
+    def _say_loaded(self, script_rate: float | None) -> None:
+        start, step, rate = self.start, self.restored.step, _learning_rate(self.model)
+        where = f"(step {step} in {self.manager.directory})"
+        self.say("Load Orbax checkpoint on_train_begin.")
+        if start.epoch >= self.epochs:
+            self.say(f"Nothing left to train: {start.epoch} of {self.epochs} epochs are done {where}.")
+        elif self.first_epoch >= self.epochs:
+            self.say(f"Nothing left to train: a callback stopped the run after {start.epoch} epochs {where}.")
+        else:
+            after = f", after batch {start.batch}" if start.batch else ""
+            after += f" {where}"
+            if None not in (rate, script_rate) and rate != script_rate:
+                after += f", with the learning rate {rate:g} instead of the script's {script_rate:g}"
+            self.say(f"Continue with epoch {start.epoch + 1} of {self.epochs}{after}.")
+
+    def _continue(self) -> None:
+        """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
+        self.own, self.on_disk = self.restored.own or {}, self.saved
+        *others, metrics = _train_state(self.model)
+        self.references = _references(others)
+        self.metrics = [jax.numpy.copy(variable.value) for variable in metrics]
+        self._put_back()
+        for history in self._histories() if "history" in self.own else ():
+            vars(history).update(_copied(self.own["history"]))
+        if "random" in self.own:
+            _set_random_state(self.own["random"])
+        self.is_skipping = bool(self.start.batch or self._data_of("count"))
+        _start_at_epoch(self.model, self.first_epoch)
+
+    def _put_back(self) -> None:
+        """What belongs to the run beside the variables and the random state."""
+        for member, state in zip(self.callback._stateful, self.own.get("stateful", ())):
+            member.put(state)
+        if self.dataset is not None and self.own.get("dataset") is not None:
+            self.dataset.put(self.own["dataset"])
+        _are_averages_in(self.fit, self.own.get("averages"))
+
+    def _histories(self) -> list[keras.callbacks.History]:
+        return [each for each in self.fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
+
+    # Batches.
+
+    def begin_epoch(self, epoch: int) -> None:
+        """The very end of `on_epoch_begin`."""
+        self.epoch, self.before, self.base = epoch, self.batches, self.reader.count
+        self.is_trained, self.before_validation = False, None
+        if self.is_skipping:
+            self.before -= self.start.batch
+            self.random_after = self.own["random"] if self.start.batch else _random_state()
+            if self._data_of("random"):
+                _set_random_state(self._data_of("random"))  # the data may ask its own `on_epoch_begin` next
+
+    def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
+        """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
+        for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
+            if iterator is not self.reader.iterator:
+                self._open(iterator)
+            if self.is_skipping:
+                if place[0] < self.start.batch:
+                    continue
+                yield from self._arrive(place)
+            if self.resumable is not None:
+                self.resumable.forget(self.reader.count)
+            if self._signal_received() or self._is_due():
+                self._save_inside()
+            yield (*place, self.reader)
+        if self.is_skipping:
+            yield from self._arrive(place)
+
+    def _open(self, iterator: Iterator) -> None:
+        """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
+        self.reader, self.base = _Reader(iterator), 0
+        for _ in range(self.stale):
+            next(iterator)
+        self.stale = 0
+        if not self.is_skipping:
+            return
+        self._put_back()  # for the dataset, after its own `on_epoch_begin`
+        count, earlier = self._data_of("count") or 0, self._drawn_earlier()
+        if count > earlier:
+            _set_random_state(self._data_of("random"))
+            self._skip(count - earlier)
+            self._compare_last()
+        self.reader.count, self.base = count, count - self.start.batch
+        self.reader.random = self._data_of("random")
+        _count_as_seen(self.fit, self.base)
+
+    def _drawn_earlier(self) -> int:
+        """How many batches an earlier `fit` of this callback has drawn from the generator that this one is given."""
+        generator, count = self.callback._generator
+        return count if generator is not None and generator() is self.fit.data else 0
+
+    def _skip(self, count: int) -> None:
+        for number in range(count):
+            if self._signal_received():
+                self._leave()
+            if time.monotonic() - self.saved_at > _PROGRESS_SECONDS:
+                self.saved_at = time.monotonic()
+                self.say(f"Skipped {number} of {count} batches.")
+            try:
+                next(self.reader)
+            except StopIteration:
+                raise CheckpointMismatchError(
+                    f"The data ends after {number} batches, but the checkpoint of step {self.restored.step} was made "
+                    f"after {count}. Nothing was changed on disk. Give fit the data of the run that you continue."
+                ) from None
+
+    def _compare_last(self) -> None:
+        """Reports where the last batch skipped is not the one that was trained on."""
+        saved, step = self._data_of("last"), self.restored.step
+        found = _fingerprint(self.reader.last)
+        if saved is None or self.restored.record.processes != jax.process_count() or found == saved:
+            return
+        if found["shapes"] != saved["shapes"]:
+            raise CheckpointMismatchError(
+                f"The checkpoint of step {step} was made with batches of shapes {saved['shapes']}, and now they have "
+                f"{found['shapes']}: the batch size or the data has changed. Nothing was changed on disk. Give fit the "
+                "data of the run that you continue, or use another directory."
+            )
+        _warn(
+            f"The data is not what the run was trained on until step {step}: the last batch skipped has other content. "
+            "Training continues, but not as an uninterrupted run would. Seed what makes the data, or see resumable().",
+            stacklevel=6,
+        )
+
+    def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
+        """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
+        self.is_skipping = False
+        if self.start.batch:
+            self._put_back_variables()
+            self._put_back()
+        _set_random_state(self.random_after)
+        self.saved_at = time.monotonic()
+        if self.start.batch:  # fit wants logs, if only validation is left
+            self.passing = _let_pass(self.model, self.fit, self.own["logs"])
+            yield (*place, self.reader)
+
+    def _put_back_variables(self) -> None:
+        *others, metrics = _train_state(self.model)
+        if _are_replaced(self.references, others):  # by another callback
+            self.manager._restore(self.restored.step, self._plan, donate=True)
+            return
+        for variable, value in zip(metrics, self.metrics):
+            variable.assign(value)
+
+    # Validation, and the end of an epoch.
+
+    def _end_training(self) -> None:
+        """All batches of the epoch have been trained on."""
+        self.is_trained = True
+        self.references = _references(_train_state(self.model)[:2])
+
+    def begin_validation(self) -> None:
+        """Notes what validation may change: interrupted, it starts again when the run is continued."""
+        weights = _train_state(self.model)[:2]
+        if not self.is_trained or self.model.stop_training or _are_replaced(self.references, weights):
+            return  # another callback has exchanged weights, and does so again in the end: a signal has to wait
+        # What is large does not change: it is frozen weights.
+        small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in weights[1]]
+        metrics = [jax.numpy.copy(variable.value) for variable in self.model.metrics_variables]
+        states = [member.copy_before_validation() for member in self.callback._stateful]
+        self.before_validation = small, metrics, states, _random_state()
+
+    def validate(self) -> None:
+        """Called before each batch of validation."""
+        if self.before_validation is None or not self._signal_received():
+            return
+        self.model.jax_state_sync()
+        small, metrics, states, random_state = self.before_validation
+        trained, fixed, optimizer, _ = _values(_train_state(self.model))
+        fixed = [new if old is None else old for old, new in zip(small, fixed)]
+        own = self._belongings() | {"random": random_state}
+        own["stateful"] = [new if old is None else old for old, new in zip(states, own["stateful"])]
+        self._save_inside((trained, fixed, optimizer, metrics), own)
+
+    def end_epoch(self, epoch: int, logs: Mapping[str, Any] | None) -> None:
+        """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
+        self.before_validation = None
+        if self.marks is not None:
+            marks, self.marks = self.marks, None
+            changed = [name for name, mark in _marks(self.fit.data).items() if mark != marks.get(name, mark)]
+            _warn_of_dataset(self.fit.data, changed, "has changed there what is not saved, because it looks like data")
+        is_stopped = self.model.stop_training
+        is_last, is_leaving = is_stopped or epoch + 1 >= self.epochs, self._signal_received()
+        if self.callback._save_freq == "epoch" or is_last or is_leaving or self._is_due():
+            started = self._save(
+                _Position(epoch + 1, 0, self.batches),
+                logs,
+                self._belongings(is_epoch_end=True),
+                stopped=self.epochs if is_stopped else None,
+                force=is_last or is_leaving,
+            )
+            if started:
+                self.say("Save Orbax checkpoint on_epoch_end.")
+        if is_leaving:
+            self._leave()
+
+    # Ending.
+
+    def end(self, is_complete: bool = False) -> None:
+        """However `fit` ends: nothing of the run is left in the model, and what was being saved is on disk."""
+        callback = self.callback
+        _unwatch_fit(self.model)
+        _start_at_epoch(self.model, None)
+        if self.passing is not None and self.model.train_function is self.passing:
+            self.model.train_function = None
+        for number, handler in reversed(self.handlers):
+            signal.signal(number, handler)
+        self.manager._fitting, self.before_validation, self.is_trained = False, None, False
+        callback._has_run = callback._has_run or is_complete
+        if isinstance(self.fit.data, types.GeneratorType):
+            callback._generator = weakref.ref(self.fit.data), self.reader.count
+        if self.resumable is not None:
+            self.resumable.drawn_before = self.resumable.drawn
+        try:
+            self.manager.wait_until_finished()
+        except Exception as error:
+            self.failure = error
+        if not is_complete:
+            callback._run = None
+            if self.failure is not None:  # not to hide the first error
+                warnings.warn(f"The last save has failed as well: {self.failure!r}", stacklevel=2)
+
+    def finish(self) -> None:
+        """The very end of a `fit` that has trained all its epochs."""
+        if self.failure is not None:
+            raise self.failure
+        if self.received is not None:
+            self._leave()
+
+    # Saving.
+
+    def _step(self, epoch: int, batches: int) -> int:
+        return epoch * self.manager._steps_per_epoch if self.callback._save_freq == "epoch" else batches
+
+    def _batches_at(self, position: _Position) -> int:
+        """How many train batches the run has completed; where that was not noted, `steps_per_epoch` says it."""
+        return position.epoch * self.manager._steps_per_epoch if position.batches is None else position.batches
+
+    def _is_due(self) -> bool:
+        freq = self.callback._save_freq
+        if freq == "epoch":
+            return False
+        if not isinstance(freq, datetime.timedelta):
+            return self.batches // freq > self.saved // freq
+        is_new = self.batches > max(self.saved, self.ask_at)
+        return is_new and self._is_time(self.batches - self.saved, time.monotonic() - self.saved_at)
+
+    def _is_time(self, batches: int, seconds: float) -> bool:
+        """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
+        share = max(seconds, 1e-9) / self.callback._save_freq.total_seconds()
+        if jax.process_count() == 1:
+            return share >= 1
+        # After as many batches as are to come at this speed, but no more than there have been: it may change.
+        share, wait = _gather([share, int(batches * min(1, max(0, 1 / share - 1)))])[0]
+        self.ask_at = self.batches + wait - 1
+        return share >= 1
+
+    def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:
+        """What belongs to a checkpoint at this very moment beside the model's variables."""
+        history = self._histories()[:1]
+        return {
+            "random": _random_state(),
+            "data": self._position_in_data(is_epoch_end),
+            "stateful": [member.get() for member in self.callback._stateful],
+            "dataset": self.dataset and self.dataset.get(),
+            "averages": _are_averages_in(self.fit),
+            "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
+            "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
+        }
+
+    def _position_in_data(self, is_epoch_end: bool) -> dict[str, Any]:
+        """How the next batch is found again: how Keras's iterator came about, and how many batches it has given."""
+        if self.resumable is not None:
+            return {"state": self.resumable.state(self.reader.count)}
+        if not self.reader.count or (is_epoch_end and not _goes_on(self.fit, self.reader.iterator)):
+            return {"count": 0}
+        # In validation, a dataset has been asked its `on_epoch_end` already, and draws other batches.
+        is_known = self.reader.last is not None and not (self.is_trained and self.dataset)
+        last = _fingerprint(self.reader.last) if is_known else None
+        return {"count": self.reader.count, "random": self.reader.random, "last": last}
+
+    def _save(self, position: _Position, metrics: Any, own: dict[str, Any], **further: Any) -> bool:
+        started = self.manager._save(
+            self._step(self.epoch, self.batches),
+            position,
+            metrics,
+            own=own,
+            stateful=[member.name for member in self.callback._stateful],
+            num_batches=self.fit.epoch_iterator.num_batches,
+            is_resumable=self.resumable is not None,
+            is_trained=self.is_trained,
+            **further,
+        )
+        self.saved, self.saved_at = self.batches, time.monotonic()
+        self.on_disk = self.batches if started else self.on_disk
+        return started
+
+    def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
+        """Saves a snapshot inside the epoch; leaves if that is asked for."""
+        if self.batches != self.on_disk:
+            self.model.jax_state_sync()
+            self._save(
+                _Position(self.epoch, self.batch, self.batches),
+                None,
+                own or self._belongings(),
+                values=values or _values(_train_state(self.model)),
+                unfinished=True,
+                force=True,
+            )
+            self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {self.batch}.")
+        if self.received is not None:
+            self._leave()
+
+    def say(self, line: str) -> None:
+        if self.callback._verbose and jax.process_index() == 0:
+            # Keras's progress bar leaves its line open until all callbacks have seen the end of the epoch.
+            is_open = line.startswith("Save") and self.callback.params.get("verbose") in ("auto", 1)
+            print("\n" * is_open + line, flush=True)
+
+    # Signals.
+
+    def _catch_signals(self) -> None:
+        signals, several = self.callback._signals, jax.process_count() > 1
+        if _jax_owns_sigterm():
+            self.manager._fitting = True
+            if others := [number.name for number in signals if number != signal.SIGTERM]:
+                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=5)
+        elif signals and several:
+            _warn(
+                "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
+                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved.",
+                stacklevel=5,
+            )
+        elif signals and threading.current_thread() is not threading.main_thread():
+            _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=5)
+        else:
+            for number in signals:
+                self.handlers.append((number, signal.signal(number, self._note_signal)))
+
+    def _note_signal(self, number: int, frame: Any) -> None:
+        self.received = number
+
+    def _signal_received(self) -> bool:
+        """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
+        asks_jax = self.manager._fitting and signal.SIGTERM in self.callback._signals
+        if asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+    def _leave(self) -> None:
+        """Ends the process as the signal asks, with everything on disk."""
+        number = self.received
+        self.manager.wait_until_finished()
+        self.say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
+        earlier = dict(self.handlers).get(number)
+        if callable(earlier) and earlier is not signal.default_int_handler:
+            earlier(number, None)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
 def _signals(given: Any) -> tuple[signal.Signals, ...]:
     try:
-        signals = tuple(signal.Signals(number) for number in given)
+        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
     except (TypeError, ValueError):
         signals = None
     if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
@@ -1818,11 +2641,6 @@ def _signals(given: Any) -> tuple[signal.Signals, ...]:
             "(signal.SIGTERM,), or () for none."
         )
     return signals
-
-
-_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
-_PROGRESS_SECONDS = 5.0  # between two lines about reading past
-_SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
 def _check_callback_arguments(
@@ -1834,7 +2652,7 @@ def _check_callback_arguments(
         raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    if save_freq == "epoch":
+    if isinstance(save_freq, str) and save_freq == "epoch":
         return
     is_time = isinstance(save_freq, datetime.timedelta)
     if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
@@ -1845,19 +2663,13 @@ def _check_callback_arguments(
         raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
 
 
-def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
-    """All variables that training changes, as `fit` hands them to the train function."""
-    optimizer = model.optimizer.variables
-    return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
-
-
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """Saves the whole training state during `fit`, and continues from it when `fit` starts.
 
     The same script run again continues with the batch after the newest checkpoint and stops at the same
-    `epochs`. Batches of the epoch that were trained on already are read past. A run that is complete, or that
+    `epochs`. Batches of the epoch that were trained on already are skipped. A run that is complete, or that
     another callback has stopped, loads its final state and returns. `fit` returns when everything is
-    committed to disk.
+    committed to disk. A `fit` takes one such callback; its place in the list of callbacks does not matter.
 
     Example:
 
@@ -1865,23 +2677,22 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     >>> model.fit(x, y, epochs=100, callbacks=[checkpoint])
 
     Args:
-        model: The `keras.Model` that will be fitted, compiled.
-        checkpoint_dir: As in `KerasOrbaxCheckpointManager`, like the further ones.
-        max_to_keep: See there. Defaults to 5.
-        steps_per_epoch: See there. Defaults to 1.
+        model: The `keras.Model` that will be fitted, compiled, on the JAX backend.
+        checkpoint_dir: Directory of the checkpoints, `str` or path-like; relative paths and `~` work, and
+            `gs://bucket/path`. Made if it is not there. Several processes have to share it.
+        max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
+        steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
             a `datetime.timedelta`, at the first batch after that time. The last state of a run is saved in
             any case. The step is the number of train batches completed, unless it is `"epoch"`.
             Defaults to `"epoch"`.
-        monitor: See there; a name in the logs of an epoch, such as `"val_loss"`. Defaults to None.
-        mode: See there. Defaults to `"auto"`.
-        stateful: Other objects that are a part of the run: Keras callbacks, and objects with `get_state` and
-            `set_state` (Grain iterators) or `state_dict` and `load_state_dict`. Callbacks come back with
-            the attributes that have changed since this callback was made; an iterator that `fit` reads
-            from at the first batch that was not trained on, and nothing is read past. Defaults to `()`.
-        continuous_data: Whether `fit` reads one endless stream, of which `fit`'s `steps_per_epoch` makes epochs.
-            Then all batches of the run so far are read past. Defaults to False: the data starts again with
-            every epoch.
+        monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Then the `max_to_keep`
+            checkpoints that are best by it are kept, and always the newest too. Defaults to None.
+        mode: `"min"` or `"max"` of `monitor` is best; `"auto"` asks the model's metrics. Defaults to `"auto"`.
+        stateful: Other objects that belong to the run: Keras callbacks, and objects with `get_state` and
+            `set_state` or `state_dict` and `load_state_dict`. Callbacks come back with the attributes that
+            have changed since this callback was made. Iterators over data go to `resumable()` instead.
+            Defaults to `()`.
         preemption_signals: Signals on which the state is saved within a batch, and the process exits with
             128 + signal (`KeyboardInterrupt` for SIGINT). Earlier Python handlers are called once it is
             saved, and put back when `fit` ends. Defaults to SIGTERM.
@@ -1892,9 +2703,12 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         checkpoint_manager: The `KerasOrbaxCheckpointManager`.
 
     Raises:
-        ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX.
+        ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX. In `fit`: the
+            model is another one, or two of these callbacks are given.
         TypeError: A keyword is neither ours nor Orbax's, or the state of a `stateful` object cannot be saved.
         OSError: The directory cannot be written to.
+        CheckpointMismatchError: In `fit`: the newest checkpoint is of another model, or of other data.
+        CheckpointError: In `fit`: a save has failed.
     """
 
     def __init__(
@@ -1908,7 +2722,6 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         monitor: str | None = None,
         mode: str = "auto",
         stateful: Sequence[Any] = (),
-        continuous_data: bool = False,
         preemption_signals: Iterable[int] = (signal.SIGTERM,),
         verbose: int = 1,
         **kwargs: Any,
@@ -1921,415 +2734,89 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
             )
         self._signals = _signals(preemption_signals)
-        self._stateful = [
-            (_Stream if hasattr(member, "__next__") else _Stateful)(member, f"stateful[{i}]")
-            for i, member in enumerate(stateful)
-        ]
+        self._stateful = [_Stateful(member, f"stateful[{i}]") for i, member in enumerate(stateful)]
         self.checkpoint_manager = KerasOrbaxCheckpointManager(
             model, checkpoint_dir, max_to_keep, steps_per_epoch, monitor=monitor, mode=mode, **kwargs
         )
         self._fitted_model = model
         self._save_freq = save_freq
-        self._continuous = bool(continuous_data)
         self._verbose = verbose
-        self._streams = [member for member in self._stateful if isinstance(member, _Stream)]
-        self._has_data = any(member.is_data for member in self._stateful)
-        self._fitting = False
+        self._resumable: _Resumable | None = None
+        self._run: _Run | None = None
+        self._has_run = False  # a fit has ended where its last checkpoint was saved
+        self._generator: tuple[weakref.ref | None, int] = None, 0  # that fit has read, and how many batches
 
-    # Hooks, in the order in which fit calls them.
+    def resumable(self, data: Any) -> Iterator[Any]:
+        """Batches for `fit` of an iterator or loader whose position is saved with each checkpoint.
+
+        A run that is continued starts with the first batch that was not trained on, however far Keras has
+        read ahead, and nothing is read twice or skipped. When `data` ends, it starts again.
+
+        Example:
+
+        >>> batches = checkpoint.resumable(iterator)
+        >>> model.fit(batches, steps_per_epoch=100, epochs=10, callbacks=[checkpoint])
+
+        Args:
+            data: An iterator with `get_state` and `set_state` (Grain) or `state_dict` and `load_state_dict`,
+                or a loader that has these and `__iter__` (torchdata's `StatefulDataLoader`). It gives batches
+                as `fit` takes them: tuples of inputs, targets, and sample weights.
+
+        Returns:
+            A generator, one batch for each of `data`, without end: `fit` needs `steps_per_epoch`.
+
+        Raises:
+            TypeError: `data` has no such methods.
+        """
+        self._resumable = _Resumable(data)
+        return self._resumable.generator
+
+    def __deepcopy__(self, memo: Any) -> "OrbaxCheckpointCallback":
+        raise TypeError(
+            "OrbaxCheckpointCallback cannot be copied, because it belongs to one model and one directory: with "
+            "KerasTuner, make it in HyperModel.fit() and not in the arguments of search()."
+        )
+
+    # Hooks, in the order in which fit calls them. All run behind those of the other callbacks.
 
     def on_train_begin(self, logs: Any = None) -> None:
-        model, manager = self._fitted_model, self.checkpoint_manager
-        if self._model is not model:
+        fit = _fit_around(self)
+        if sum(isinstance(each, OrbaxCheckpointCallback) for each in fit.callbacks.callbacks) > 1:
             raise ValueError(
-                f"This callback was made for the model {model.name!r}, but the model being fitted is "
+                "fit takes one OrbaxCheckpointCallback, and was given several. Nothing was trained. For a second "
+                "directory, use keras.callbacks.ModelCheckpoint, or save_state() of a manager in a callback."
+            )
+        if self._model is not self._fitted_model:
+            raise ValueError(
+                f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
                 f"{self._model.name!r}. Make the callback with the model that you fit."
             )
-        manager._start_run()
-        self._first_epoch, self._start = 0, _Position(0, batches=0)
-        self._resume = restored = manager._restore(None, self._plan, donate=True, stateful=True)
-        self._record, start = restored.record if restored else None, self._start
-        # Another callback may change variables before or while batches are read past.
-        self._values = _values(_train_state(model))
-        self._batches = self._batches_at(start)
-        self._saved, self._on_disk = self._batches, None if restored is None else self._batches
-        if restored is not None:
-            self._say_loaded(restored.step, start)
-        hooks = {"on_train_begin": self._begin, "on_epoch_begin": self._begin_epoch, "on_epoch_end": self._end_epoch}
-        self._is_last = _call_last(model, self.params, **hooks)
-        if not self._is_last:
-            self._begin()
-
-    def _begin(self, logs: Any = None) -> None:
-        """The very end of `on_train_begin`, behind all other callbacks."""
-        model = self._fitted_model
-        self._fitting, self._train_function, self._counted, self._ask_at = True, None, None, 0
-        for member in self._stateful:
-            member.check()  # again: what other callbacks have just opened, such as files, cannot be saved
-        self._stream_random = self._record.stream_random if self._record else None
-        self._logs = self._record.logs if self._record else None
-        self._saved_at = time.monotonic()
-        if self._resume is not None:
-            for variables, values in zip(_train_state(model), self._values):
-                for variable, value in zip(variables, values):
-                    if variable.value is not value:
-                        variable.assign(value)
-            self._put_back()
-            if self._record and self._record.history is not None and self._is_last:
-                vars(model.history).update(self._record.history)
-            _start_at_epoch(model, self._first_epoch)
-        self._catch_signals()
-        _call_at_end(model, self._end)  # from here on, fit gets there whatever happens
+        if not _is_last(fit.callbacks, self):
+            return
+        self._run = _Run(self, fit)
+        try:
+            self._run.begin()
+        except BaseException:
+            self._run.end()
+            raise
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if not self._is_last:
-            self._begin_epoch(epoch)
-
-    def _begin_epoch(self, epoch: int, logs: Any = None) -> None:
-        """The very end of `on_epoch_begin`, just before the data may draw its order."""
-        self._epoch, self._batch = epoch, 0
-        if self._resume is not None and self._start.batch:
-            _set_random_state(self._record.epoch_random)
-        self._epoch_random = _random_state()
-        self._stream_random = self._stream_random or self._epoch_random
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._fitted_model.train_function is not self._train_function:  # the first time, or it was made anew
-            self._inner_function = self._fitted_model.train_function
-            self._train_function = _wrap_train_function(self._fitted_model, self._watch)
-
-    def _watch(self, function: Callable) -> Callable:
-        """`function`, with us between the callbacks' `on_train_batch_begin` and the batch."""
-
-        def train_function(state: tuple, iterator: Iterator) -> tuple:
-            try:
-                if self._counted is None or self._counted.iterator is not iterator or not self._batch:
-                    self._begin_reading(iterator)
-                if self._resume is not None:
-                    state, is_past = self._read_past(state, iterator)
-                    if is_past:
-                        return self._logs, state
-                if self._signal_received() or self._is_due():
-                    self._save_inside(state)
-                for stream in self._streams:
-                    stream.note(self._batches)
-            except BaseException:
-                _give_back(self._fitted_model, state)
-                raise
-            counted = self._counted
-            self._logs, state = function(state, counted)
-            self._batch += counted.count
-            self._batches += counted.count
-            counted.count = 0
-            return self._logs, state
-
-        return train_function
-
-    def _begin_reading(self, iterator: Iterator) -> None:
-        """The first batch of an epoch."""
-        is_first, is_new = self._counted is None, self._counted is None or self._counted.iterator is not iterator
-        if is_new:
-            self._counted = _Counted(iterator)
-        if not is_first and not self._has_data and is_new == self._continuous:
-            _warn(
-                "continuous_data=True, but the data starts again with every epoch."
-                if is_new
-                else "The data goes on from epoch to epoch: without continuous_data=True, a run that is interrupted "
-                "continues with other data.",
-                stacklevel=2,
-            )
-        if is_first:
-            for member, state in self._saved_states():
-                if member.is_data and state is not None:
-                    member.load(state, self._resume.arrays)
-                if isinstance(member, _Stream):
-                    member.begin(iterator, self._batches)
-            if self._resume is not None and self._continuous and not self._has_data:
-                self._read_past_epochs(iterator)
-
-    def _saved_states(self) -> Iterable[tuple[_Stateful, Any]]:
-        """The stateful objects, and what the checkpoint that is being continued says of each."""
-        saved = self._record.stateful if self._resume is not None and self._record else None
-        return zip(self._stateful, [each["state"] for each in saved] if saved else itertools.repeat(None))
-
-    def _read_past_epochs(self, iterator: Iterator) -> None:
-        """Those of a stream that the run has completed."""
-        now = _random_state()
-        _set_random_state(self._stream_random)
-        for batch in range(self._batches - self._start.batch):
-            self._read(iterator, batch, self._batches)
-        if not self._start.batch:
-            _set_random_state(now)
-
-    def _read(self, iterator: Iterator, batch: int, batches: int) -> None:
-        """Reads past a batch."""
-        if self._signal_received():
-            self._leave()
-        if time.monotonic() - self._saved_at > _PROGRESS_SECONDS:
-            self._saved_at = time.monotonic()
-            self._say(f"Read past batch {batch + 1} of {batches}.")
-        try:
-            next(iterator)
-        except StopIteration:
-            raise self._data_ended(batch, batches) from None
-
-    def _data_ended(self, batch: int, batches: int) -> CheckpointMismatchError:
-        return CheckpointMismatchError(
-            f"The data ends after {batch} batches, but the checkpoint of step {self._resume.step} was made after "
-            f"{batches}. Nothing was changed on disk. Give fit the data of the run that you continue."
-        )
-
-    def _read_past(self, state: tuple, iterator: Iterator) -> tuple[tuple, bool]:
-        """The state, and whether the batch is one that was trained on already."""
-        if self._batch < self._start.batch:
-            calls = self._fitted_model.steps_per_execution
-            if self._start.batch % calls:
-                raise CheckpointMismatchError(
-                    f"Step {self._resume.step} was made after {self._start.batch} batches of an epoch, which is no "
-                    f"multiple of steps_per_execution={calls}. Nothing was changed on disk. Compile as before."
-                )
-            for batch in range(self._batch, self._batch + calls):
-                if not self._has_data:
-                    self._read(iterator, batch, self._start.batch)
-            self._batch += calls
-            return self._values, True
-        if self._start.batch:
-            state = self._values
-        self._arrive()
-        return state, False
-
-    def _arrive(self) -> None:
-        """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
-        if self._batch < self._start.batch:
-            raise self._data_ended(self._batch, self._start.batch)
-        if self._start.batch:
-            self._put_back()
-        self._resume = self._values = None
-        self._saved_at = time.monotonic()
-
-    def _put_back(self) -> None:
-        for member, state in self._saved_states():
-            if not member.is_data and state is not None:
-                member.load(state, self._resume.arrays)
-        if self._record and self._record.random:
-            _set_random_state(self._record.random)
+        self._run.begin_epoch(epoch)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Validation may change variables and random states, and starts again when a run is continued."""
-        if not self._fitting:
-            return
-        if self._resume is not None:
-            self._arrive()
-        _, fixed, _, metrics = _train_state(self._fitted_model)
-        # What is large does not change: it is frozen weights.
-        copies = [
-            [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed],
-            [jax.numpy.copy(v.value) for v in metrics],
-        ]
-        self._before_validation = copies, self._notes()
+        if self._run is not None:
+            self._run.begin_validation()
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._fitting and self._signal_received():
-            self._fitted_model.jax_state_sync()
-            (fixed, metrics), notes = self._before_validation
-            trained, now, optimizer, _ = _values(_train_state(self._fitted_model))
-            fixed = [new if old is None else old for old, new in zip(fixed, now)]
-            self._save_inside((trained, fixed, optimizer, metrics), notes)
+        if self._run is not None:
+            self._run.validate()
 
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        if not self._is_last:
-            self._end_epoch(epoch, logs)
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        self._run.end_epoch(epoch, logs)
 
-    def _end_epoch(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
-        """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
-        model = self._fitted_model
-        self._before_validation = None
-        if self._resume is not None:
-            self._arrive()
-        is_last, is_stopped = model.stop_training or epoch + 1 >= self.params["epochs"], self._signal_received()
-        if self._save_freq == "epoch" or is_last or is_stopped or self._is_due():
-            started = self._save(
-                _Position(epoch + 1, 0, self._batches),
-                logs,
-                self._notes(),
-                stopped=self.params["epochs"] if model.stop_training else None,
-                force=is_last or is_stopped,
-            )
-            if started:
-                self._say("Save Orbax checkpoint on_epoch_end.")
-        if is_stopped:
-            self._leave()
-
-    def _end(self) -> None:
-        """However `fit` ends: nothing of this run is left in the model, and what was being saved is on disk."""
-        model, failure = self._fitted_model, sys.exc_info()[1]
-        self._fitting, self._resume, self._values, self._before_validation = False, None, None, None
-        self.checkpoint_manager._fitting = False
-        _start_at_epoch(model, None)
-        if self._train_function is not None and model.train_function is self._train_function:
-            model.train_function = self._inner_function
-        for stream in self._streams:
-            stream.end()
-        for number, handler in self._earlier_handlers.items():
-            signal.signal(number, handler)
-        try:
-            self.checkpoint_manager.wait_until_finished()
-        except Exception as error:
-            if failure is None:
-                raise
-            warnings.warn(f"The last save has failed as well: {error!r}", stacklevel=2)  # not to hide the first error
-        if self._received is not None and failure is None:
-            self._leave()
-
-    # Saving.
-
-    def _step(self, epoch: int, batches: int) -> int:
-        return epoch * self.checkpoint_manager._steps_per_epoch if self._save_freq == "epoch" else batches
-
-    def _batches_at(self, position: _Position) -> int:
-        """How many train batches the run has completed; where that was not noted, `steps_per_epoch` says it."""
-        if position.batches is None:
-            return position.epoch * self.checkpoint_manager._steps_per_epoch
-        return position.batches
-
-    def _is_due(self) -> bool:
-        if self._save_freq == "epoch":
-            return False
-        if not isinstance(self._save_freq, datetime.timedelta):
-            return self._batches // self._save_freq > self._saved // self._save_freq
-        is_new = self._batches > max(self._saved, self._ask_at)
-        return is_new and self._is_time(self._batches - self._saved, time.monotonic() - self._saved_at)
-
-    def _is_time(self, batches: int, seconds: float) -> bool:
-        """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
-        share = max(seconds, 1e-9) / self._save_freq.total_seconds()
-        if jax.process_count() == 1:
-            return share >= 1
-        # After as many batches as are to come at this speed, but no more than there have been: it may change.
-        share, wait = _gather([share, int(batches * min(1, max(0, 1 / share - 1)))])[0]
-        self._ask_at = self._batches + wait - 1
-        return share >= 1
-
-    def _notes(self) -> dict[str, Any]:
-        """What belongs to a checkpoint at this very moment beside the model's variables."""
-        arrays = [] if jax.process_count() == 1 else None  # into the file of each process
-        states = [{"name": member.name, "state": member.save(self._batches, arrays)} for member in self._stateful]
-        return {
-            "stateful": states,
-            "arrays": arrays or (),
-            "random": _random_state(),
-            "epoch_random": self._epoch_random,
-            "stream_random": self._stream_random,
-        }
-
-    def _save(self, position: _Position, metrics: Any, notes: dict[str, Any], **further: Any) -> bool:
-        history = vars(self._fitted_model.history) if self._is_last else None
-        started = self.checkpoint_manager._save(
-            self._step(self._epoch, self._batches),
-            position,
-            metrics,
-            history=history and {"epoch": history["epoch"], "history": history["history"]},
-            **notes,
-            **further,
-        )
-        self._saved, self._saved_at = self._batches, time.monotonic()
-        self._on_disk = self._batches if started else self._on_disk
-        return started
-
-    def _save_inside(self, state: Sequence[list[jax.Array]], notes: dict[str, Any] | None = None) -> None:
-        """Saves a snapshot inside the epoch; leaves if that is asked for."""
-        if self._batches != self._on_disk:
-            self._save(
-                _Position(self._epoch, self._batch, self._batches),
-                None,
-                notes or self._notes(),
-                values=state,
-                logs=self._logs,
-                unfinished=True,
-                force=True,
-            )
-            self._say(f"Save Orbax checkpoint in epoch {self._epoch + 1}, after batch {self._batch}.")
-        if self._received is not None:
-            self._leave()
-
-    # Signals.
-    def _catch_signals(self) -> None:
-        self._received, self._earlier_handlers = None, {}
-        if _jax_client() is not None:
-            self.checkpoint_manager._fitting = True
-            if others := [number.name for number in self._signals if number != signal.SIGTERM]:
-                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=2)
-            return
-        if threading.current_thread() is not threading.main_thread():
-            if self._signals:
-                _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=2)
-            return
-        for number in self._signals:
-            self._earlier_handlers[number] = signal.signal(number, self._note_signal)
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        self._received = number
-
-    def _signal_received(self) -> bool:
-        """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
-        asks_jax = _jax_client() is not None and signal.SIGTERM in self._signals
-        if asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
-            self._received = signal.SIGTERM
-        return self._received is not None
-
-    def _leave(self) -> None:
-        """Ends the process as the signal asks, with everything on disk."""
-        number = self._received
-        self.checkpoint_manager.wait_until_finished()
-        self._say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
-        earlier = self._earlier_handlers.get(number)
-        if callable(earlier) and earlier is not signal.default_int_handler:
-            earlier(number, None)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
-        """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
-        manager, epochs = self.checkpoint_manager, self.params["epochs"]
-        self._check_stateful(record)
-        start = record.position if record else _Position(step // manager._steps_per_epoch + 1)
-        if start.batches is None and self._continuous and not self._has_data:
-            raise CheckpointError(
-                f"Step {step} was not saved by this callback, so it is not known how much of the stream "
-                "(continuous_data=True) has been read. Nothing was changed. Use another directory."
-            )
-        is_stopped = record is not None and epochs <= (record.stopped or 0)
-        self._start, self._first_epoch = start, max(start.epoch, epochs) if is_stopped else start.epoch
-        if self._first_epoch < epochs and not (record and record.unfinished):
-            manager._check_newer(self._step(start.epoch, self._batches_at(start) + 1), step)
-        return _variables(self._fitted_model, metrics=record is not None and _GROUPS[3] in record.variables)
-
-    def _check_stateful(self, record: _Record | None) -> None:
-        saved = None if record is None or record.stateful is None else [each["name"] for each in record.stateful]
-        given = [member.name for member in self._stateful]
-        if saved is None and given:
-            _warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=4)
-        elif saved is not None and saved != given:
-            raise CheckpointMismatchError(
-                f"The checkpoint was saved with stateful={saved}, but stateful={given} is given. Nothing was changed. "
-                "Give objects of the same types in the same order, or use another directory."
-            )
-
-    def _say_loaded(self, step: int, start: _Position) -> None:
-        epochs = self.params["epochs"]
-        self._say("Load Orbax checkpoint on_train_begin.")
-        if start.epoch >= epochs:
-            self._say(f"Nothing left to train: {start.epoch} of {epochs} epochs are done (step {step}).")
-        elif self._first_epoch >= epochs:
-            self._say(f"Nothing left to train: a callback stopped the run after {start.epoch} epochs (step {step}).")
-        else:
-            after = f", after batch {start.batch}" if start.batch else ""
-            self._say(f"Continue with epoch {start.epoch + 1} of {epochs}{after} (step {step}).")
-
-    def _say(self, line: str) -> None:
-        if self._verbose and jax.process_index() == 0:
-            # Keras's progress bar leaves its line open until all callbacks have seen the end of the epoch.
-            is_open = line.startswith("Save") and self.params.get("verbose") in ("auto", 1)
-            print("\n" * is_open + line, flush=True)
+    def on_train_end(self, logs: Any = None) -> None:
+        run, self._run = self._run, None
+        run.finish()
 
 
 # ---------------------------------------------------------------------------------------- command line
