@@ -984,6 +984,105 @@ class _Stateful:
         return {name: value for name, value in _dataset_attributes(self.member).items() if _is_order(value)}
 
 
+# ------------------------------------------------------------------------------------------------ data
+
+
+class _Reader:
+    """Keras's iterator over batches: how many it has given, the last one, and the random state before the first."""
+
+    def __init__(self, iterator: Iterator):
+        self.iterator, self.count, self.random, self.last = iterator, 0, None, None
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self) -> Any:
+        if not self.count:
+            self.random = _random_state()
+        self.last = None  # frees its memory for the next one
+        self.last = next(self.iterator)
+        self.count += 1
+        return self.last
+
+
+def _fingerprint(batch: Any) -> dict[str, Any]:
+    """The shapes of a batch, and a checksum of the first numbers of each array, as far as this process has them."""
+    shapes, checksum = [], 0
+    for leaf in jax.tree.leaves(batch):
+        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
+        shapes.append(list(np.shape(leaf)))
+        for part in [shard.data for shard in shards if shard.replica_id == 0] if shards else [leaf]:
+            if (array := np.asarray(part)).dtype != object:
+                checksum = zlib.crc32(array.reshape(-1)[: 2**18].tobytes(), checksum)
+    return {"shapes": shapes, "checksum": checksum}
+
+
+class _Resumable:
+    """The batches of an iterator or loader, and the state before each batch that has not been trained on yet."""
+
+    def __init__(self, data: Any):
+        methods = _state_methods(data)
+        if methods is None or not hasattr(data, "__iter__"):
+            raise TypeError(
+                f"resumable({type(data).__name__}): give an iterator with get_state and set_state (Grain) or with "
+                "state_dict and load_state_dict, or a loader that has these (torchdata's StatefulDataLoader)."
+            )
+        self._data, (self._get, self._put) = data, methods
+        self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
+        self._iterator: Iterator | None = None
+        self._states = collections.deque()
+        self._number = 0  # of the batch that the first state is from before
+        self.drawn = self.drawn_before = 0  # in all, and before this fit
+        self.generator = self._batches()
+
+    def _batches(self) -> Iterator[Any]:
+        is_empty = False
+        while True:
+            if self._iterator is None:
+                self._iterator = iter(self._data)
+            state = copy.deepcopy(self._get())
+            try:
+                batch = next(self._iterator)
+            except StopIteration:
+                if is_empty:
+                    raise ValueError(f"resumable({type(self._data).__name__}): it gives no batches.") from None
+                is_empty = True
+                self._restart(self._beginning)
+            else:
+                is_empty = False
+                self._states.append(state)
+                self.drawn += 1
+                yield batch
+
+    def _restart(self, state: Any) -> None:
+        self._iterator = None  # a loader takes up the state with a new one
+        if state is not None:
+            self._put(copy.deepcopy(state))
+
+    def rewind(self, state: Any) -> int:
+        """Goes on from a state, or from the beginning. How many batches `fit` has drawn that are void now."""
+        self._restart(self._beginning if state is None else state)
+        self._states.clear()
+        self._number = 0
+        return self.drawn - self.drawn_before
+
+    def forget(self, trained: int) -> None:
+        """Drops the states before batches that have been trained on."""
+        while self._states and self._number < trained:
+            self._states.popleft()
+            self._number += 1
+
+    def state(self, trained: int) -> Any:
+        """The state before the first batch that has not been trained on."""
+        self.forget(trained)
+        if self._number != trained:
+            raise ValueError(
+                f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
+                f"{self._number}. Let fit read one batch for each of the generator's."
+            )
+        return self._states[0] if self._states else self._get()
+
+
 # A PyDataset may change itself between epochs: the textbook kind shuffles its index. Then its numbers, texts and
 # one-dimensional arrays belong to the run. Other arrays are taken for the data, which is not saved each time.
 
@@ -1960,102 +2059,6 @@ def load_model(
 # -------------------------------------------------------------------------------------------- callback
 
 
-class _Reader:
-    """Keras's iterator over batches: how many it has given, the last one, and the random state before the first."""
-
-    def __init__(self, iterator: Iterator):
-        self.iterator, self.count, self.random, self.last = iterator, 0, None, None
-
-    def __iter__(self) -> Iterator:
-        return self
-
-    def __next__(self) -> Any:
-        if not self.count:
-            self.random = _random_state()
-        self.last = None  # frees its memory for the next one
-        self.last = next(self.iterator)
-        self.count += 1
-        return self.last
-
-
-def _fingerprint(batch: Any) -> dict[str, Any]:
-    """The shapes of a batch, and a checksum of the first numbers of each array, as far as this process has them."""
-    shapes, checksum = [], 0
-    for leaf in jax.tree.leaves(batch):
-        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
-        shapes.append(list(np.shape(leaf)))
-        for part in [shard.data for shard in shards if shard.replica_id == 0] if shards else [leaf]:
-            if (array := np.asarray(part)).dtype != object:
-                checksum = zlib.crc32(array.reshape(-1)[: 2**18].tobytes(), checksum)
-    return {"shapes": shapes, "checksum": checksum}
-
-
-class _Resumable:
-    """The batches of an iterator or loader, and the state before each batch that has not been trained on yet."""
-
-    def __init__(self, data: Any):
-        methods = _state_methods(data)
-        if methods is None or not hasattr(data, "__iter__"):
-            raise TypeError(
-                f"resumable({type(data).__name__}): give an iterator with get_state and set_state (Grain) or with "
-                "state_dict and load_state_dict, or a loader that has these (torchdata's StatefulDataLoader)."
-            )
-        self._data, (self._get, self._put) = data, methods
-        self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
-        self._iterator: Iterator | None = None
-        self._states = collections.deque()
-        self._number = 0  # of the batch that the first state is from before
-        self.drawn = self.drawn_before = 0  # in all, and before this fit
-        self.generator = self._batches()
-
-    def _batches(self) -> Iterator[Any]:
-        is_empty = False
-        while True:
-            if self._iterator is None:
-                self._iterator = iter(self._data)
-            state = copy.deepcopy(self._get())
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                if is_empty:
-                    raise ValueError(f"resumable({type(self._data).__name__}): it gives no batches.") from None
-                is_empty = True
-                self._restart(self._beginning)
-            else:
-                is_empty = False
-                self._states.append(state)
-                self.drawn += 1
-                yield batch
-
-    def _restart(self, state: Any) -> None:
-        self._iterator = None  # a loader takes up the state with a new one
-        if state is not None:
-            self._put(copy.deepcopy(state))
-
-    def rewind(self, state: Any) -> int:
-        """Goes on from a state, or from the beginning. How many batches `fit` has drawn that are void now."""
-        self._restart(self._beginning if state is None else state)
-        self._states.clear()
-        self._number = 0
-        return self.drawn - self.drawn_before
-
-    def forget(self, trained: int) -> None:
-        """Drops the states before batches that have been trained on."""
-        while self._states and self._number < trained:
-            self._states.popleft()
-            self._number += 1
-
-    def state(self, trained: int) -> Any:
-        """The state before the first batch that has not been trained on."""
-        self.forget(trained)
-        if self._number != trained:
-            raise ValueError(
-                f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
-                f"{self._number}. Let fit read one batch for each of the generator's."
-            )
-        return self._states[0] if self._states else self._get()
-
-
 class _Unchanged:
     """A variable that keeps its value, and says whether what would have been restored is equal."""
 
@@ -2217,57 +2220,44 @@ class _Run:
         self.start = start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
         is_stopped = record is not None and self.epochs <= (record.stopped or 0)
         self.first_epoch = max(start.epoch, self.epochs) if is_stopped else start.epoch
-        self._check_stateful(record)
-        if self.first_epoch < self.epochs:
-            self._check_number(step, record is not None and record.unfinished)
-            self._check_data(step, record)
+        if problems := self._differences(step, record):
+            raise CheckpointMismatchError(
+                f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
+                "changed. Give what the run was begun with, or use another directory."
+            )
         return _variables(self.model, metrics=record is not None and _GROUPS[3] in record.variables)
 
-    def _check_stateful(self, record: _Record | None) -> None:
+    def _differences(self, step: int, record: _Record | None) -> list[str]:
+        """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
+        problems, start, iterator = [], self.start, self.fit.epoch_iterator
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
             _warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=8)
         elif saved is not None and saved != given:
-            raise CheckpointMismatchError(
-                f"The checkpoint was saved with stateful={saved}, but stateful={given} is given. Nothing was changed. "
-                "Give objects of the same types in the same order, or use another directory."
+            problems.append(f"it was saved with stateful={saved}, but stateful={given} is given")
+        if self.first_epoch >= self.epochs:
+            return problems
+        following = self._step(start.epoch, self._batches_at(start) + 1)
+        if following < step + (not record or not record.unfinished):
+            problems.append(
+                f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
+                f"the next checkpoint would be step {following}, which is not above {step}"
             )
-
-    def _check_number(self, step: int, is_unfinished: bool) -> None:
-        following = self._step(self.start.epoch, self._batches_at(self.start) + 1)
-        if following < step or (following == step and not is_unfinished):
-            raise ValueError(
-                f"With save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, the "
-                f"next checkpoint would be step {following}. Step {following} is not above {step}, the newest in "
-                f"{self.manager.directory}. Nothing was changed. Give them as before, or use another directory."
-            )
-
-    def _check_data(self, step: int, record: _Record | None) -> None:
-        """Compares what is known of the data before a batch is drawn."""
-        start, batches, calls = self.start, self.fit.epoch_iterator.num_batches, self.model.steps_per_execution
-        if record is None or record.stateful is None:
-            if self.fit.epoch_iterator.steps_per_epoch is not None:
-                _warn(
-                    f"Step {step} was not saved by this callback, so it is not known how much of the data has been "
-                    "read: it starts from its beginning.",
-                    stacklevel=8,
-                )
-            return
-        problem = None
+        if saved is None:
+            if iterator.steps_per_epoch is not None:
+                problem = "this callback did not save it, so it is not known how much of the data has been read"
+                _warn(f"Step {step}: {problem}. The data starts from its beginning.", stacklevel=8)
+            return problems
         if record.is_resumable and self.resumable is None:
-            problem = "while fit read checkpoint.resumable(data), which it is not given now"
-        elif start.batch and None not in (record.num_batches, batches) and record.num_batches != batches:
-            problem = (
-                f"inside an epoch of {record.num_batches} batches, and now an epoch has {batches}: the batch size or "
-                "the data has changed"
-            )
-        elif start.batch % calls and not record.is_trained:
-            problem = f"after {start.batch} batches of an epoch, which is no multiple of steps_per_execution={calls}"
-        if problem:
-            raise CheckpointMismatchError(
-                f"Step {step} in {self.manager.directory} was saved {problem}. Nothing was changed. Give fit what it "
-                "was given then, or use another directory."
-            )
+            problems.append("fit read checkpoint.resumable(data) then, and now reads other data")
+        batches, now = record.num_batches, iterator.num_batches
+        if start.batch and batches and now and batches != now:
+            lengths = f"{batches} batches, and now an epoch has {now}"
+            problems.append(f"it is inside an epoch of {lengths}: the batch size or the data has changed")
+        if start.batch % self.model.steps_per_execution and not record.is_trained:
+            calls = f"steps_per_execution={self.model.steps_per_execution}"
+            problems.append(f"it is after {start.batch} batches of an epoch, which is no multiple of {calls}")
+        return problems
 
     def _say_loaded(self, script_rate: float | None) -> None:
         start, step, rate = self.start, self.restored.step, _learning_rate(self.model)
@@ -2514,17 +2504,12 @@ class _Run:
             return False
         if not isinstance(freq, datetime.timedelta):
             return self.batches // freq > self.saved // freq
-        is_new = self.batches > max(self.saved, self.ask_at)
-        return is_new and self._is_time(self.batches - self.saved, time.monotonic() - self.saved_at)
-
-    def _is_time(self, batches: int, seconds: float) -> bool:
-        """Whether to save after so many batches and seconds. Process 0 decides, and when all are to ask again."""
-        share = max(seconds, 1e-9) / self.callback._save_freq.total_seconds()
-        if jax.process_count() == 1:
-            return share >= 1
-        # After as many batches as are to come at this speed, but no more than there have been: it may change.
-        share, wait = _gather([share, int(batches * min(1, max(0, 1 / share - 1)))])[0]
-        self.ask_at = self.batches + wait - 1
+        batches, share = self.batches - self.saved, (time.monotonic() - self.saved_at) / freq.total_seconds()
+        if jax.process_count() == 1 or not batches or self.batches < self.ask_at:
+            return jax.process_count() == 1 and batches > 0 and share >= 1
+        # Process 0 decides. All ask again after as many batches as are to come at this speed, at most twice as many.
+        share, wait = _gather([share, int(batches * min(1, 1 / max(share, 1e-9) - 1))])[0]
+        self.ask_at = self.batches + wait
         return share >= 1
 
     def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:

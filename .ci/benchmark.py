@@ -3,6 +3,7 @@
 Every round runs all candidates one after the other, each on its own newest state; the table has the medians.
 `training meanwhile` is the speed of training from the start of a save until it is committed, 1 without any save.
 Memory is the growth of the process's peak (Linux), each candidate in a process of its own.
+`python .ci/benchmark.py --idle` measures instead what a batch costs on which nothing is saved.
 """
 
 import os
@@ -27,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-from orbax_keras_ckpt import KerasOrbaxCheckpointManager
+from orbax_keras_ckpt import KerasOrbaxCheckpointManager, OrbaxCheckpointCallback
 
 SECONDS = ("blocked", "commit", "restore")
 SPEED = "training meanwhile"
@@ -177,6 +178,38 @@ def training_meanwhile(model, candidate, number):
     return rate * seconds / (seconds + blocked) / alone
 
 
+class Idle(keras.Sequential):
+    """Draws its batches and does not train, so that little but the loop of `fit` is left to measure."""
+
+    def make_train_function(self, force=False):
+        def step(state, iterator):
+            next(iterator)
+            return self.logs, state
+
+        self.train_function, self.logs = step, {"loss": 0.0}
+
+
+def idle_batch(rounds, batches=20_000):
+    """Microseconds of a batch in `fit`, alone and with our callback on a batch on which nothing is saved."""
+    model = Idle([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    x = np.zeros((1, 1), "float32")
+
+    def fit(*callbacks):
+        data = ((x, x) for _ in range(batches + 2))
+        start = time.perf_counter()
+        model.fit(data, steps_per_epoch=batches, verbose=0, shuffle=False, callbacks=list(callbacks))
+        return (time.perf_counter() - start) / batches * 1e6
+
+    alone, ours = [], []
+    for _ in range(rounds + 1):
+        with tempfile.TemporaryDirectory() as directory:
+            alone.append(fit())
+            ours.append(fit(OrbaxCheckpointCallback(model, directory, save_freq=10 * batches, verbose=0)))
+    alone, ours = statistics.median(alone[1:]), statistics.median(ours[1:])
+    print(f"a batch: {alone:.1f} us alone, {ours:.1f} us with the callback (its last save included), {rounds} rounds")
+
+
 def peak(action):
     """Growth of the process's peak memory while `action` runs, in bytes."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
@@ -222,7 +255,11 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--brief", action="store_true", help="only this module and Keras's callback")
     parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)  # the process for one candidate
+    parser.add_argument("--idle", action="store_true", help="only the cost of a batch on which nothing is saved")
     options = parser.parse_args()
+    if options.idle:
+        idle_batch(options.rounds)
+        return
     model = build(options.variables, int((options.gb * 1e9 / 12 / options.variables) ** 0.5))
     variables = model.variables + model.optimizer.variables
     state = sum(variable.value.nbytes for variable in variables)
