@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import datetime
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -30,10 +31,11 @@ import traceback
 import types
 import warnings
 
-# What has been compiled once is not compiled again, by no test nor process: five times as fast.
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="compiled."))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# What has been compiled once is not compiled again, by no test nor process: five times as fast. JAX 0.5 crashes of it.
+if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) >= (0, 7):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="compiled."))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jax.experimental
