@@ -819,6 +819,42 @@ def _check_array(name: str, array: Any, spec: _Spec) -> None:
         raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
 
 
+def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
+    """All variables that training changes, as `fit` hands them to the train function."""
+    optimizer = model.optimizer.variables
+    return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
+
+
+def _references(groups: Iterable[Iterable[keras.Variable]]) -> list[weakref.ref]:
+    return [weakref.ref(variable.value) for variable in itertools.chain(*groups)]
+
+
+def _are_replaced(references: list[weakref.ref], groups: Iterable[Iterable[keras.Variable]]) -> bool:
+    """Whether anybody has assigned to variables since; in any process."""
+    replaced = any(old() is not new.value for old, new in zip(references, itertools.chain(*groups), strict=True))
+    return any(_gather(replaced))
+
+
+def _learning_rate(model: keras.Model) -> float | None:
+    """The learning rate, where it is a number and not a schedule."""
+    rate = getattr(model.optimizer, "learning_rate", None)
+    return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
+
+
+class _Unchanged:
+    """A variable that keeps its value, and says whether what would have been restored is equal."""
+
+    def __init__(self, variable: keras.Variable):
+        self._variable, self.is_equal = variable, True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._variable, name)
+
+    def assign(self, array: jax.Array) -> None:
+        pairs = zip(array.addressable_shards, self._variable.value.addressable_shards)
+        self.is_equal = all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes() for a, b in pairs)
+
+
 class _Source(NamedTuple):
     """A live variable and the saved one that it takes its value from."""
 
@@ -1393,6 +1429,39 @@ def _check_arguments(
         )
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
+
+
+def _signals(given: Any) -> tuple[signal.Signals, ...]:
+    try:
+        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
+    except (TypeError, ValueError):
+        signals = None
+    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
+        raise ValueError(
+            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
+            "(signal.SIGTERM,), or () for none."
+        )
+    return signals
+
+
+def _check_callback_arguments(
+    save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
+) -> None:
+    if verbose not in (0, 1):
+        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
+    if options.get("read_only"):
+        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
+    if not isinstance(stateful, (list, tuple)):
+        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
+    if isinstance(save_freq, str) and save_freq == "epoch":
+        return
+    is_time = isinstance(save_freq, datetime.timedelta)
+    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
+        raise ValueError(
+            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
+        )
+    if monitor is not None:
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
 
 
 def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
@@ -2056,48 +2125,59 @@ def load_model(
         return reader._model
 
 
+# --------------------------------------------------------------------------------------------- signals
+
+_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
+
+
+class _Preemption:
+    """The signals that ask a `fit` to save and stop, from its start to its end."""
+
+    def __init__(self, signals: Sequence[signal.Signals]):
+        self.received: int | None = None
+        self.asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
+        self._earlier: list[tuple[int, Any]] = []
+        if _jax_owns_sigterm():
+            if others := [number.name for number in signals if number != signal.SIGTERM]:
+                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=5)
+        elif signals and jax.process_count() > 1:
+            _warn(
+                "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
+                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved.",
+                stacklevel=5,
+            )
+        elif signals and threading.current_thread() is not threading.main_thread():
+            _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=5)
+        else:
+            self._earlier += [(number, signal.signal(number, self._note)) for number in signals]
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+
+    def is_due(self) -> bool:
+        """Whether one was received: with jax.distributed, the same call says so on all processes."""
+        if self.asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
+            self.received = signal.SIGTERM
+        return self.received is not None
+
+    def put_back(self) -> None:
+        """The earlier handlers."""
+        for number, handler in reversed(self._earlier):
+            signal.signal(number, handler)
+
+    def leave(self) -> None:
+        """Ends the process as the signal asks."""
+        earlier = dict(self._earlier).get(self.received)
+        if callable(earlier) and earlier is not signal.default_int_handler:
+            earlier(self.received, None)
+        raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
+
+
 # -------------------------------------------------------------------------------------------- callback
 
 
-class _Unchanged:
-    """A variable that keeps its value, and says whether what would have been restored is equal."""
-
-    def __init__(self, variable: keras.Variable):
-        self._variable, self.is_equal = variable, True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._variable, name)
-
-    def assign(self, array: jax.Array) -> None:
-        pairs = zip(array.addressable_shards, self._variable.value.addressable_shards)
-        self.is_equal = all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes() for a, b in pairs)
-
-
-_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
 _PROGRESS_SECONDS = 5.0  # between two lines about skipping
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
-
-
-def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
-    """All variables that training changes, as `fit` hands them to the train function."""
-    optimizer = model.optimizer.variables
-    return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
-
-
-def _references(groups: Iterable[Iterable[keras.Variable]]) -> list[weakref.ref]:
-    return [weakref.ref(variable.value) for variable in itertools.chain(*groups)]
-
-
-def _are_replaced(references: list[weakref.ref], groups: Iterable[Iterable[keras.Variable]]) -> bool:
-    """Whether anybody has assigned to variables since; in any process."""
-    replaced = any(old() is not new.value for old, new in zip(references, itertools.chain(*groups), strict=True))
-    return any(_gather(replaced))
-
-
-def _learning_rate(model: keras.Model) -> float | None:
-    """The learning rate, where it is a number and not a schedule."""
-    rate = getattr(model.optimizer, "learning_rate", None)
-    return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
 
 
 class _Run:
@@ -2106,8 +2186,7 @@ class _Run:
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         self.callback, self.fit = callback, fit
         self.model, self.manager = callback._fitted_model, callback.checkpoint_manager
-        self.resumable = callback._resumable
-        self.epochs = callback.params["epochs"]
+        self.resumable, self.epochs = callback._resumable, callback.params["epochs"]
         self.dataset = _changing_dataset(fit.data, callback._stateful)
         self.marks: dict[str, Any] | None = None  # of the dataset
         self.start = _Position(0, batches=0)  # where the run continues, or begins
@@ -2123,8 +2202,7 @@ class _Run:
         self.before_validation: tuple | None = None  # what validation may change
         self.saved, self.saved_at, self.ask_at = 0, time.monotonic(), 0
         self.on_disk: int | None = None
-        self.received: int | None = None  # a signal
-        self.handlers: list[tuple[int, Any]] = []  # earlier ones
+        self.preemption: _Preemption | None = None
         self.passing: Callable | None = None
         self.failure: Exception | None = None
 
@@ -2153,7 +2231,8 @@ class _Run:
             self._continue()
         if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
             self.stale = self.resumable.rewind(self._data_of("state"))
-        self._catch_signals()
+        self.preemption = _Preemption(self.callback._signals)
+        self.manager._fitting = _jax_owns_sigterm()
         _watch_fit(self.model, self.fit, self._end_training, self.end)
         _stand_between(self.fit, self.steps)
 
@@ -2162,27 +2241,16 @@ class _Run:
         self.manager._start_run()
         for member in self._members():
             member.copy()  # again: what other callbacks have just opened, such as files, cannot be saved
-        iterator = self.fit.epoch_iterator
-        if self.resumable is not None and self.resumable.drawn == self.resumable.drawn_before:
+        iterator, resumable = self.fit.epoch_iterator, self.resumable
+        if resumable is not None and (iterator.steps_per_epoch is None or resumable.drawn == resumable.drawn_before):
             raise ValueError(
-                "checkpoint.resumable(data) was called, but fit does not read what it returned. Nothing was trained. "
-                "Give it to fit: model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
-            )
-        if self.resumable is not None and iterator.steps_per_epoch is None:
-            raise ValueError(
-                "checkpoint.resumable(data) starts again when the data ends, so fit has to be told the length of an "
-                "epoch. Nothing was trained. Give it steps_per_epoch=..."
+                "checkpoint.resumable(data) was called, but fit does not read what it returned, or is not told where "
+                "an epoch ends. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
         if self.dataset is not None and not _state_methods(self.fit.data):
             self.marks = _marks(self.fit.data)
             opaque = [name for name, mark in self.marks.items() if mark is None]
             _warn_of_dataset(self.fit.data, opaque, "may change there what cannot be saved")
-        if self._drawn_earlier() and self.resumable is None:
-            _warn(
-                "The generator given to fit has been read by an earlier fit. Where Keras has read ahead of training, "
-                "those batches are lost. Make it anew for each fit, or give fit checkpoint.resumable(iterator).",
-                stacklevel=6,
-            )
         if _has_workers(self.fit) and iterator.data_adapter.shuffle:
             _warn(
                 f"{type(self.fit.data).__name__} has workers={self.fit.data.workers}: with shuffle=True, Keras carries "
@@ -2260,19 +2328,18 @@ class _Run:
         return problems
 
     def _say_loaded(self, script_rate: float | None) -> None:
-        start, step, rate = self.start, self.restored.step, _learning_rate(self.model)
-        where = f"(step {step} in {self.manager.directory})"
-        self.say("Load Orbax checkpoint on_train_begin.")
+        start, rate = self.start, _learning_rate(self.model)
         if start.epoch >= self.epochs:
-            self.say(f"Nothing left to train: {start.epoch} of {self.epochs} epochs are done {where}.")
+            line = f"Nothing left to train: {start.epoch} of {self.epochs} epochs are done"
         elif self.first_epoch >= self.epochs:
-            self.say(f"Nothing left to train: a callback stopped the run after {start.epoch} epochs {where}.")
+            line = f"Nothing left to train: a callback stopped the run after {start.epoch} epochs"
         else:
-            after = f", after batch {start.batch}" if start.batch else ""
-            after += f" {where}"
-            if None not in (rate, script_rate) and rate != script_rate:
-                after += f", with the learning rate {rate:g} instead of the script's {script_rate:g}"
-            self.say(f"Continue with epoch {start.epoch + 1} of {self.epochs}{after}.")
+            line = f"Continue with epoch {start.epoch + 1} of {self.epochs}"
+            line += f", after batch {start.batch}" if start.batch else ""
+        differs = None not in (rate, script_rate) and rate != script_rate
+        rates = f", with the learning rate {rate:g} instead of the script's {script_rate:g}" if differs else ""
+        self.say("Load Orbax checkpoint on_train_begin.")
+        self.say(f"{line} (step {self.restored.step} in {self.manager.directory}){rates}.")
 
     def _continue(self) -> None:
         """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
@@ -2322,7 +2389,7 @@ class _Run:
                 yield from self._arrive(place)
             if self.resumable is not None:
                 self.resumable.forget(self.reader.count)
-            if self._signal_received() or self._is_due():
+            if self.preemption.is_due() or self._is_due():
                 self._save_inside()
             yield (*place, self.reader)
         if self.is_skipping:
@@ -2337,23 +2404,17 @@ class _Run:
         if not self.is_skipping:
             return
         self._put_back()  # for the dataset, after its own `on_epoch_begin`
-        count, earlier = self._data_of("count") or 0, self._drawn_earlier()
-        if count > earlier:
+        count = self._data_of("count") or 0
+        if count:
             _set_random_state(self._data_of("random"))
-            self._skip(count - earlier)
+            self._skip(count)
             self._compare_last()
-        self.reader.count, self.base = count, count - self.start.batch
-        self.reader.random = self._data_of("random")
+        self.base = count - self.start.batch
         _count_as_seen(self.fit, self.base)
-
-    def _drawn_earlier(self) -> int:
-        """How many batches an earlier `fit` of this callback has drawn from the generator that this one is given."""
-        generator, count = self.callback._generator
-        return count if generator is not None and generator() is self.fit.data else 0
 
     def _skip(self, count: int) -> None:
         for number in range(count):
-            if self._signal_received():
+            if self.preemption.is_due():
                 self._leave()
             if time.monotonic() - self.saved_at > _PROGRESS_SECONDS:
                 self.saved_at = time.monotonic()
@@ -2380,7 +2441,8 @@ class _Run:
             )
         _warn(
             f"The data is not what the run was trained on until step {step}: the last batch skipped has other content. "
-            "Training continues, but not as an uninterrupted run would. Seed what makes the data, or see resumable().",
+            "Training continues, but not as an uninterrupted run would. Seed what makes the data; make a generator "
+            "anew for each fit, or give fit checkpoint.resumable(iterator).",
             stacklevel=6,
         )
 
@@ -2424,7 +2486,7 @@ class _Run:
 
     def validate(self) -> None:
         """Called before each batch of validation."""
-        if self.before_validation is None or not self._signal_received():
+        if self.before_validation is None or not self.preemption.is_due():
             return
         self.model.jax_state_sync()
         small, metrics, states, random_state = self.before_validation
@@ -2442,7 +2504,7 @@ class _Run:
             changed = [name for name, mark in _marks(self.fit.data).items() if mark != marks.get(name, mark)]
             _warn_of_dataset(self.fit.data, changed, "has changed there what is not saved, because it looks like data")
         is_stopped = self.model.stop_training
-        is_last, is_leaving = is_stopped or epoch + 1 >= self.epochs, self._signal_received()
+        is_last, is_leaving = is_stopped or epoch + 1 >= self.epochs, self.preemption.is_due()
         if self.callback._save_freq == "epoch" or is_last or is_leaving or self._is_due():
             started = self._save(
                 _Position(epoch + 1, 0, self.batches),
@@ -2465,12 +2527,10 @@ class _Run:
         _start_at_epoch(self.model, None)
         if self.passing is not None and self.model.train_function is self.passing:
             self.model.train_function = None
-        for number, handler in reversed(self.handlers):
-            signal.signal(number, handler)
+        if self.preemption is not None:
+            self.preemption.put_back()
         self.manager._fitting, self.before_validation, self.is_trained = False, None, False
         callback._has_run = callback._has_run or is_complete
-        if isinstance(self.fit.data, types.GeneratorType):
-            callback._generator = weakref.ref(self.fit.data), self.reader.count
         if self.resumable is not None:
             self.resumable.drawn_before = self.resumable.drawn
         try:
@@ -2486,7 +2546,7 @@ class _Run:
         """The very end of a `fit` that has trained all its epochs."""
         if self.failure is not None:
             raise self.failure
-        if self.received is not None:
+        if self.preemption.received is not None:
             self._leave()
 
     # Saving.
@@ -2565,87 +2625,21 @@ class _Run:
                 force=True,
             )
             self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {self.batch}.")
-        if self.received is not None:
+        if self.preemption.received is not None:
             self._leave()
+
+    def _leave(self) -> None:
+        """Ends the process as a signal asks, with everything on disk."""
+        self.manager.wait_until_finished()
+        name = signal.Signals(self.preemption.received).name
+        self.say(f"Stop on {name}: the run is saved. The same script continues it.")
+        self.preemption.leave()
 
     def say(self, line: str) -> None:
         if self.callback._verbose and jax.process_index() == 0:
             # Keras's progress bar leaves its line open until all callbacks have seen the end of the epoch.
             is_open = line.startswith("Save") and self.callback.params.get("verbose") in ("auto", 1)
             print("\n" * is_open + line, flush=True)
-
-    # Signals.
-
-    def _catch_signals(self) -> None:
-        signals, several = self.callback._signals, jax.process_count() > 1
-        if _jax_owns_sigterm():
-            self.manager._fitting = True
-            if others := [number.name for number in signals if number != signal.SIGTERM]:
-                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=5)
-        elif signals and several:
-            _warn(
-                "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
-                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved.",
-                stacklevel=5,
-            )
-        elif signals and threading.current_thread() is not threading.main_thread():
-            _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=5)
-        else:
-            for number in signals:
-                self.handlers.append((number, signal.signal(number, self._note_signal)))
-
-    def _note_signal(self, number: int, frame: Any) -> None:
-        self.received = number
-
-    def _signal_received(self) -> bool:
-        """Whether a signal asks to save and stop: with jax.distributed, the same call says so on all processes."""
-        asks_jax = self.manager._fitting and signal.SIGTERM in self.callback._signals
-        if asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
-            self.received = signal.SIGTERM
-        return self.received is not None
-
-    def _leave(self) -> None:
-        """Ends the process as the signal asks, with everything on disk."""
-        number = self.received
-        self.manager.wait_until_finished()
-        self.say(f"Stop on {signal.Signals(number).name}: the run is saved. The same script continues it.")
-        earlier = dict(self.handlers).get(number)
-        if callable(earlier) and earlier is not signal.default_int_handler:
-            earlier(number, None)
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-
-def _signals(given: Any) -> tuple[signal.Signals, ...]:
-    try:
-        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
-    except (TypeError, ValueError):
-        signals = None
-    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
-        raise ValueError(
-            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
-            "(signal.SIGTERM,), or () for none."
-        )
-    return signals
-
-
-def _check_callback_arguments(
-    save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
-) -> None:
-    if verbose not in (0, 1):
-        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
-    if options.get("read_only"):
-        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
-    if not isinstance(stateful, (list, tuple)):
-        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    if isinstance(save_freq, str) and save_freq == "epoch":
-        return
-    is_time = isinstance(save_freq, datetime.timedelta)
-    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
-        raise ValueError(
-            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
-        )
-    if monitor is not None:
-        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
@@ -2729,7 +2723,6 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._resumable: _Resumable | None = None
         self._run: _Run | None = None
         self._has_run = False  # a fit has ended where its last checkpoint was saved
-        self._generator: tuple[weakref.ref | None, int] = None, 0  # that fit has read, and how many batches
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Batches for `fit` of an iterator or loader whose position is saved with each checkpoint.
