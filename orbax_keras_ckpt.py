@@ -64,6 +64,7 @@ import datetime
 import difflib
 import errno
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -351,14 +352,24 @@ class _Fit(NamedTuple):
     data: Any  # its argument x
 
 
+def _locals(frame: types.FrameType) -> dict[str, Any]:
+    """The variables of a function that is running; of a module, none."""
+    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        return {}
+    names = dict(frame.f_locals)
+    if isinstance(frame.f_locals, dict):  # a copy, until Python 3.13, that the frame would keep, old states included
+        frame.f_locals.clear()
+    return names
+
+
 def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     """The `fit` that is calling the `on_train_begin` of a callback."""
     # Callbacks are told neither of the other callbacks nor of the data. The frames are let go at once.
     frame = sys._getframe(1)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), keras.callbacks.CallbackList):
+    while frame is not None and not isinstance(_locals(frame).get("self"), keras.callbacks.CallbackList):
         frame = frame.f_back
-    callbacks = frame and frame.f_locals["self"]
-    names = frame.f_back.f_locals if frame else {}
+    callbacks = frame and _locals(frame)["self"]
+    names = _locals(frame.f_back) if frame else {}
     iterator = names.get("epoch_iterator")
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
     if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
@@ -389,7 +400,7 @@ def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended
 
     def jax_state_sync() -> None:
         sync()
-        names = sys._getframe(1).f_locals
+        names = _locals(sys._getframe(1))
         if names.get("epoch_iterator") is iterator and "training_finished" in names:
             if names["training_finished"]:
                 ended(True)
@@ -408,9 +419,9 @@ def _unwatch_fit(model: keras.Model) -> None:
 def _last_logs(fit: _Fit) -> Any:
     """What the last train step of a running `fit` has returned."""
     frame = sys._getframe(1)
-    while frame.f_locals.get("epoch_iterator") is not fit.epoch_iterator:
+    while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
-    return frame.f_locals["logs"]
+    return names["logs"]
 
 
 def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
