@@ -4,14 +4,11 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import base64
 import contextlib
 import datetime
 import importlib.util
 import inspect
-import io
 import json
-import lzma
 import multiprocessing
 import pathlib
 import random
@@ -22,7 +19,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -1431,118 +1427,6 @@ def test_refusal_says_why_and_leaves_model_and_directory_as_they_were(case, trai
     else:
         assert after == before
     assert_equal([np.array(variable.value) for variable in model.variables], weights)
-
-
-# A directory with the step 1 of `Sequential([Input((2,)), Dense(1, name="head")], name="fixture")` and SGD(0.5), written by
-# version 0.1.0 of the module in format 1: tar, xz, base64. It stays readable.
-FORMAT_1 = (
-    "/Td6WFoAAATm1rRGAgAhARwAAAAQz1jM4E//DtddABiLyGU5USEDrP9bVbwdjdovQQu9Yii6aUaQyd5kxhrc31AexR3Le0g24eXYpYmSZcovfkaBSf1OAc"
-    "KgMPn/K+dizriy5aDK7RkfoJGr2zCAWwMqhVXAVSHvOpVsJ0I/bxenpbNUmmVKCImWZoSum5IafgfoyTyrYRdY2dq7ZGjU+Kw+30MnpXkYKjL2aMTDf6x5"
-    "nf6wNMy6C7fRjSkIO0z50DVI2HFNxEHrlWRyJUZ98jHoLF4nW+kyS6t6t7Qc7qyXah5f0wTpvTpZVr/PFZZlS+rDpf5Nqcna8cheG3EDA0d+yNwgCFj81j"
-    "Xe4vDmUApUisQJCoBd2vpgDAY0GPzq+KRaYlBtFP0NXDkbVwH4exbq2FhaA1EObTxhIhojaZc6VDjRiLg8L2WokZ3Xwr8LVS0eZAKlEo9Wpinec7YOAH7k"
-    "YOTMYOYU8gqytWfTrf4s1sdoYrpweAFxAt+mbJUVgMJ/hDo9n+/XgvmEy6XwQDLSAIAARodGVQD3q+wj6bHp9TSYEh4udp0/EdonK2r1PJ+s7hXG2Jq43x"
-    "dtCtN52b14+Nz1LV/7Na6xpEjmSHr+RTOCuji4KwqUWfT1J4rtooZ0O4CiRTRUtOtwFo2aJ1LSpE+/yn35XtO88MEkFjx519SVJbXUH561gA6jZrTYl4Gv"
-    "1Vsx2iH6gY9lW+oQExETCh4dzzQ17+UaDl6DoVFivgiP9gKsitJZlbjz1yKNsgMSt6DoxMod46eB2vtL4KqJJGudv/NJR2OwDmQtW5PPzPDqDNazohNCRP"
-    "QM+XwnPbMRRYbluwJ1pcJO1eWRPlVud379txF2lBtv8AyPUp7R7Vofwu6mDzBTvUf+gUA5L7aqfFoAg6kNEabZgd4fKDCCxmbgOZzqahIqpjg0n3V46K0d"
-    "NzHjwpd91m3viq7qBz4T5SIgJOpFlAFZLYtN4aO9EZWkWKfNUPESNqUStWP1toXmJMKtBwZli+IBdA7XwkmOpyhxTL+MkNFYlSq57I9ofa2hHkZiOcrrep"
-    "hx4hWdsggXKAmrlCI6FIrYVk6mxbwv+l7EDedtBSXxwMubLtVAZH7bJ6gv20fEt00mnrmfeBoXxMmS0mjrRySqRBVJxbZS+YciFTdbC9aebgO+Bdp5TLp4"
-    "98jLDVyyAStdTJkdWO0S3/Qv43qol+yzpZUGXg64N/xJuiN4aNcAYzN/I0+CPvZd0/ZgXgSvC/s5LhOpq3ZVJZtri9O/scLipETI/MX+hUjq41gs6VfFiB"
-    "i5sM0iySW+k8S/GB1Eqpt8Dbq+mNp5NyvYkK4qefq4fEGj/QP9tLMpjq82GzWSVSbyjBPWhY24SPt25AZ9cbLlTvJbIfFR1zQ8Mw2wUSmF0D18YGL1F+uJ"
-    "l8K+hRylNkb1jI+/5joTH0MvrvkGaNNWDYANtGlWNIUKpaT5MReR59vxiLxipFcBAfjX6x59e+Wx0K4zhzVaEMUQi1/LXNovr2m8+kGquRchiu6cggEbkR"
-    "f7Mk4v2Nr9lZebBUok42WUHzV9Rx3YhAcy+jBQmAZ+vI0dhSmIvgyzT7cNt9xW0k5UnC1SoM9+k0eHjjIIWVJHQ//5y+owCFdt6NzAD1pcsce7v/CMvqO5"
-    "Js90DOYgIlxl+otAh7t6qQtIgrmEOuVqh3nDce865sE8z/iIcYXobUIJR6cOqZZFTpInJZ+T/XBlgOdZkN2AQW+4CQoLvfTE9pLh0yw/p2Uq1CXs9wGMoc"
-    "I1tmUxwhC4pT/xiKCyZ3aJhX4WtVOgOOWgHpubn9PMQM6gGTAKb+q7wl1ip4JWjh44VMCaB0FT7rIi+xAfwWITDiVIsxRTX2xfe1UI2fy6GLRRbztEY6u6"
-    "uP1vkiI+mmthC8r+dRkX33GfH4FELV7k18TFWpvnHs6tQ8dD1jUJqjGYD05mDd1ogbyhQNbLhGdOedhUu+iV0PBbYMTvAITX44dNhyYvTPzi5FLJt4OspO"
-    "CskLikZDwbItGhtobZv0XGlgra5CwoENrunw9faLNYAP14B+2HbMwZuy9914fRPfyGFC9dpByZPRwTcPNdDIMfHEMAPQ/nL+uqTu4M+j6pnU7Hih4guozZ"
-    "FcL21fa3mFMEZKkRO2q9PhDv1Q/y7gBQtlNEwTSGK5N7m5Vdxw8rU8DPKDOVgsA4e/CBzAwcLJksDCdJZg1ZmFu77mmLz0SPHyA7T2ldogoQURwc76uZcH"
-    "2c3Bp52mydrOg8vIfEYgS+zUXFHbMdOhGr23phKB3l2SlrDwxeMjRhPWA0mO3Nvh4yEqof36VuereZK+p+TCeobHESKfag2XFYHIQ6Nh7ePhgnG/mgy2xJ"
-    "wHxFv5M+dgx7j5uPvzmQmr9kIbG0aI45oWr7HBFWey3gLRTWwrrDkIsPzC/QWfx3y1tsU5rCwd3eace8Dz/C/ySOHkCgj2CaUHFt1/gCHmbUMqfGpm8J73"
-    "BYrZml4V933bMyIc8ZRAPS3jH3ocRWbQ6JvT8kIuzV8XpvMv7YDRt1+HOS12gB+wsTJXO+typkftUF7iht5WK5JEifzaFuEo7w5XEfQ+VglSYVFvloHJKK"
-    "10wqSaLK5kkKHlpM/5zFfsKlfaRzAOdYw0A27EixoIgG1wWiAzvQu0BooG3Yu0V1KO/tnAoE3sKEHYXo83YDuR66KXqgqk1TEtxNMzFiWnAd4K+idfBbe9"
-    "rffMKBvDGXxRrZfgYT+O5Ia15vtO4SBh4/nzkTSGzBd2boQ30ROjHXbYrrq9PIaLVLSlsWHdaIezFsez1zJ4ucG1IhB3Fc7ElglccRujoTWXgyWjir3+Uy"
-    "xRlsoRrnaqcw8SRoANwBNHC4lY0swp/sxYKjVTC6t+Fcy4DbCbT7GEjbZigo7bEngo3LlDoZnFb7HpsdWu/DQJ+RaClsEGtBxPCREL9wCREZ+HwveEu6wT"
-    "1rLQQVx7cF21FDXC7zwVY9SV/1dTe+7bOOa0Iv49NIpsCA+GCgqN1Pa13qRwDTWmYavShV6n5IapQRy8gKFGQzKofoxclQ7nG8dZOFLCm67YzlfBSziD3f"
-    "9cNlZCUQjqQ8rcaYEOaF47SUmu/cRsoSSQRzuem0kYcnf0nD9648Ho267QSZ5gWBU/L2zyOp5d3sK+3OUUZLXNnI+i2vugmamaaL35QIbtf5KWpo22StrY"
-    "SVQIqiz+P0UJ5zvxVOwKRqqlk8WQjanw6eG7jlcj0Z/MVTDwR7rtgLAOl2k4I2eQp9NQmK2csJKknhrjNzxZvakIs5QNDDGZpDJ3kdtXRR39Rbeu5eGn9B"
-    "Pt6YyHEa4YKhJXC4CkLbUggLg3xyPryNULcijORaLgx9C4DxJvPHr/D6U2m90VqXc8ukY2HGvrpmlvgyArks0E4rBTpiEQuYrfOn49DAZ59BSI7DD6rQ8O"
-    "H9ICqeqZfVNTDybq72gJi5XRXaI0BmCcYHyvPiG0Neo/kbeabLou54Ql3cjsnPIMop63gXaVNEVGDPdfyLT3KMrPSFRISWyxL5liVHS1g3Ba2rWd+EE2ho"
-    "m800DtfsXaI7wBUA0DGBeAcJ9uOi0cBqFHofit5nL/W+wCk304gUJYF1t+8w4bDHNAbbstLBIFISmvMD4sfXYrxV39F0gJSZowwH1bJe5Sf/QIiJecyUUO"
-    "00brVmOhgdLDhBoQoUAiL1fKTroVDHiNSEV8lHNsyfXQ4jx+ZEKb5FdJbHbICJ6QSbyaN30UOX7NPt8JgfhRmzdeTE6W2haCga5H69aXevXHfqPnS12t5M"
-    "gXpvlqNrrAaNGAbSI1KZcQTC2b45Fpq0zfnlHDM0lGjBshP83XSN9eYxZ5Tx7tZgJbV7Ot3nEcqzZ2BarySX6RyuoJIDkvWrLxPUR5CSqufaSfSKyuPYH+"
-    "kqtC8nFBmFAPdrn1aOXzhT74aIeoSJr7eOJl0dWJrTOzHt9X52ioHeAulchyh2mFGPYQknH9u7941yA5EAE8Y1NzKNzYTIU9Ljv7zYPQ9klwfw66kWdYF5"
-    "99ekHnCw17euS7xssM9dDPLxxlyjWCsjPaHCcEZaV67aPNLNH9XPzA3l9209XS63rynoR9Xm91zFT0ZWeRo+ulQy3aLGb/8+slI9Ey9lXl/YWJ4WVDzI7c"
-    "8P+U1q90tOqtx3lT4pADe3Y5Cb8ghrkmgf0Excw56/Wd6J7m+g6B51nQopuxx1BhCF7TRSS72uG0L7jaaOhyU7jykMDy77Q+ASJ/DmNqWRWlqkrq1vXieW"
-    "hl+kmzggBRTV88fYPQ4LDi0YWuXMK7TtVzG8LSKi+AswK7LOuiDRxrDLuD6jYPIs+fkIekZkTU8I/FckdbB4GuvLU0FQzTGz9GwkyqGr8Lw2suDRRnB7XJ"
-    "39X4F7RaBLewSVJQzCyljPI7wOfirq34MRE69HszNr/W/0qPBnQbPRBScUzqxPBgmEK7wiPz6xzFJRhytU3v8x/pKDetv31SmnHMP74exffgKy9uypE5vY"
-    "5rGyc1m7YPzTFw7jiy65aBwcf5CXCnEKBMb/sHrFAuuWTthVirYD71AV1uj/rUBT9ad1r23o0oAVCuapBnc4Bz/XN+DG96HQJI9DQW1jq48kLIsXvLbugU"
-    "UuKzG3Pd+uGu0s45tVxIOyumB0ltcv3GxUyaB4muJuYN0+Bcfswv8sqX5pW/pOitvf/nVWYKdUYAAK28p1yeLYpe6TOA6lEWUDJmXa8s4he97G9CnSGVKw"
-    "j3/u7aDA/O2UobQXFAChTLAM4mrWv9BB+ZvEJOhWIanrKh6iLVRHywkDYUizI0t5WI9Mk0V13K2AywgKJwvQsZqrzWD419D5/ZLAZ2g22Lpy2ERC8+7ygL"
-    "X7la0/XRIQ14GMgiGy4C+tyFXVzW31NZpiG5Zef06pKXkrW9Bgbe7w92/L7nLojh1zrZtZkWrdD/wqfUIsUCxrvA7Cbd7xTs34ry4VfzPu9OPJmmChwI30"
-    "Q8FcJORo6Fiy9iPFjRih7nclXPuIZgK21Jaeh5Exs1/7Z6hspmA5/YUPjj+PNzB+T4ZtxMdnQV/XtKaQGnJDcf1EeD91iZAjnU2H/uSVsFnTw2GlqAZBzU"
-    "zGsmgQY563Ycrox2vov06sBx5Rioz6IAAAAP2tB3DTQadEAAHzHYCgAQBDNhnlscRn+wIAAAAABFla"
-)
-
-# The same by version 0.2.0 in format 2.
-FORMAT_2 = (
-    "/Td6WFoAAATm1rRGAgAhARwAAAAQz1jM4Hf/Df1dABiLvBx9AVqlyGxwOcrrKF6B7Fk7dbh46qn+edeBFbmtO3r1Hg8iWt5nmfAhQGE0LU55C9cO2TvTjL8b"
-    "WBR9SC6dzVC73mvoqlmdDnY5Vu3/UZhtd26LK2t/KJszdTpaAM1G8pkc9u1ittLQnNGT8yhWJcMYzzDOMtNQvwV7oQ3qrVvlCzV1vaEtyE1IXVDH8fI9AGEn"
-    "VbdoRuY3rHanI1iQyH683N8WPLFwX5+KoFQQkGhpBu6QdNOtv2nNA8Jjmn/wo0VX9CIMbDvJ3fFs3Q8LZxLhyARh4IbuTF+PUpFx3SO69e67cM0+8ERpL686"
-    "QobbLXANR476hNgEPifBJaOqazUwtT5mK9qar+K85oh4P4WORa6c5v9XIid+snCOQwScabmCT85M+0FRD6Wfh6MlA5k43YrTRxodRVg+skZj4rMC3iYr4xqT"
-    "B0bI5qdCxszOQInlN/7rAjz+8TKG3jEkbtwd4Cmlrkgu08IVeIGM3YU5tcVk6jM7oyUIy6jKeneh7+MTcD8CNWOaNa3Rb/71t5Zgp/MflKTyMzLjdOeVHjF0"
-    "v9W3UldKKZZTxOaUNDyqeyI3fQRoQOdQ6QVltMlMx89a6YUMpbegbrYlvI3xoYGbGry3g8MO3Ko06L5jlr2dwp1PpGMjyxiiUQBE3bmJcG2D9y21BEkSnh2g"
-    "yQgg2au/pymmYnU4SnfglhEsOn4F/1zidFYt4qySctzc2Gik23lRHhCtPte6ieP1R0cEXYMyS5WAeBRZU3PDTRxTFMNw6M+4tFROR7MI5eU5Ata8ejKtIDyX"
-    "w/YvEaJrsdh/yggCNrZ1OHn8mAxla3aJ2ydk1eQZbZwE3+/iKdnYmwHzJTX8dyxmlc+Ji83uigIGj2maykSvvBW1K2B9mRJ71z+s2YAGHLzwtrNYxrml/te/"
-    "PAJFfx0z1KUZpADm4mAxB7tcA6xaeOIDyZ5NMonfM8rb+m1bHUJ+j5KN90nKymPz8ZKsIIWIRBeWMqadOjgjnk65GrRfYgN6TlbTXD9/d/T7iurbbtmT+SmT"
-    "ySqvyWnWkB/RKfngMqmqwj0TcT1qr7JGeVD1IRWaNpRc1TBqnv1R4Oab/XdPMr843zDuGh2567f5F0lo2YojVXETImOTy+FUFZaXQETCQy9u9C1LoohpHsh+"
-    "7Pa0WySrUeji3mxc/vFdEtTt3G6qhoU49J1Ybz49e/Z3bNqSM4ViasnbwU6UgIUJ/oY6uZTHcy5/OkgpBSxR7zWJFJVOf266/XCkbNFTS79HlPatYSDXNbr4"
-    "X7MnT1zk+u0NEbHJtSSdFpbmiUOLrSxmnS8ZAPkzB/8PyDWZ2vKzKT3WGdEJH9uOhtjPdNlIpYmwy6FP3pJaH28tz1ovlgtq/SX4f31pOag+Bz0GJ4Tr8TAa"
-    "Fo7MVnTTxhTUMPcQeR18ojYq3Q+0eytD4e9PWKV+vPd9x2Znn6SVYXINNjV+QTJrNIcX0ANA+pVHPM4+RpwvhF119hU5EFD7TOTAOWBbR5Szd7CwZsp5gwyk"
-    "wZInwEBCkTWY0amWRaOmppUfDrcljEgZ5ze+zkM+r8Kn7zEBvoSoTt4NRJwVUyxw73tm0oDc/HdVF6lY7ue3YuL5EN4mg0axiiqMUEx8Z9Aai/NFEZyB+rJP"
-    "rTJgRjC96M3HiZ7QuSFKLJkwMArZg3arNKpITHXlIxbJI4QngIfoNj3x4D2KyqvytqG5w5pi4hyPYC18Z/tHhg/ssD7OWQJLMI8LBct8PdT1QfxErAFtbGqu"
-    "Ax711iPUWC1Cx0Lb/vAQuhDu8g+5euMnyKOoRw+e829ilCMxxWWNpLRrx5QRdESCI02d5m0yDJJtzMI4/X00pE53cQ7UMxRo5nb/kifZnQN1LRB5CBC5rHbV"
-    "ZDqsoHBPKX8sKzJCxvXLiriHXVsqr8qKgZ58mbBnPzN/m7Thh7wbn8amsoaotM8G3oXNfUgXQa/s8K2YvmobZAdg8FSizG0bKKQ1RsRLUaw1QFqbQrgtqpru"
-    "jbfxlt6YmNkHu1aWR2pJGDDVmpZteAAZWlgbAQaEDcXkzTI+EpxbdEPLpmxELkoyEjH9IU9+prsX8l8djJ5/kWjBzqjYR86HwO1/rDOO+L7xHSMCZO3X/wnC"
-    "/v8xmLYMaPk0OlvlrEn82xnr3NyNFjC6Q3Qcx7jAfeYxorpOwbyjhDvNZBzBin8AZtk314nuXkhYTUpR3y7QBPXavXz+XLcxOoi7AITAmQ78nwsO7IQL9eYp"
-    "4LduEqNFY4JGsU+JPobTbiLM5Q2lAi/xsLywQAvr7JXz/vrAKpX6mhKESOMqDf9rI0dWPKFOll3k8TnzuA8lKsRulayLjEuT4xK1aTguKnhv0ip8jKz6Z7UZ"
-    "OCBHLiHecMyKkCdsSPxUSaCHF6NKXySgkoqO7dJEIfOaObQilwprfOz5g5whaXF6gV3E3sZ+FlsQHoshSw0HfZgoKsgQviyFnO5+6tayPqLkIOAUYLE4Ww07"
-    "OGPYM6FptFYUXVMpqOgsAfPUzYVGlY0Or1liHRb4R+ZY8euAA7PbO4VVNCusXyucjWWM27pbwmFkN3BO9XT15byvQYe6b6pI4PV7En6BZ+0VmtDEhWLDcRVC"
-    "OYu9pnZGS/cA8eMEQPTwGn5M4jkLV+2PsGAVwlkpVAS/uetvEd/f7lZPeaKZsHz8QCDZt1Swrz4LlnfNlI9Zp9mBhQ4okRvlytzeAnYQjeIYcA3dDEnFFo3S"
-    "8ubmYpKgqoj3zEZJsLxLVzZkrXTOo5ih57bfiwguD+5mpoRZVdskWZCc4YdRJUPDRIsBdTILi3JoTWX/xQsR/l3nt/WSrfCRK/CIOLDIuTZeS/BtJSjJEq6q"
-    "Q+MvOsI+4vxyenAR4nxDoZo/0SY5WG21bH2suiRcxnwD4zx15J8GPUu4WFyZ92gAErgXrF1z/d3jqONr5cos6GdiVO0WlfzNQ3JfUDuJ2NymL5o0h0LsUN3m"
-    "zliG1V7wNYOM/ERbwRu9Ye3t348EkgCkYVMCUaNjvME9uBUnRs/cDXuEmjLA10I0zlKja6azIcgxbsUhJhf8XETYMCes/TtxgBTIdLT0ScHTJdbeP2QI6Atw"
-    "Eg4qA0QI0eZId5F2i05FNJUpTbXGnC0P9yaIt2zG3G7JBDuhT3QxzJtfLC1UUYWaLFfqkkkHlmHU0iPazsiltAsMlOhWi77LpAykjyREqwy7x2WB+flZgV6K"
-    "CtROjjF20hp1dQH9av97dVzb/8to9Mh1V3VOdwwZ7mkE5kOMOr3J0hwQEhB4zuexoT6mtB12hvFjZljDmvr6OcNK1Kex4D4Wm7vkbEkbwwgQV5kgQ8cdIJfz"
-    "6KxGglxKS0HVqXuJAq9awD9pcWu8EO0jm+meSQxRhz4uiu1D5EJn8S0TjPj4X57yuKP9Uppu7eGn7aUoZZ435JlceHUWKzY9sQO0Ys4803bKyVhM89ZTa535"
-    "AxzGVOAPswg/SmMEm0HKQLPEmJ/tkQu4iRU1F6Gjq1ttY+maEXRHApXElx2iBLjBQpU0Bqg2Zpqz67Ltx4pfPJI5DecQhkmIPRByyofkCVbYSmMO274RMgBR"
-    "Cht/Km80JuCCZ6T7SWGDEazyH5MckUNkB9eNpir83jNLHx/8rLrAXtTRtw2GI46heFqYLw7HgNqH7+KywjxAuiaCq3pjXbM+BD5oTt+Y2SctRWd9AaXWexfx"
-    "4xb1SgCzDFNKrCYWA91ZlU5xVgdOULLxniuTKqh48m2yfylNni/x4S2Ku+rDFtL4CLLRegZG4JxsgTpA54TUZWswXyT2/SDWKIHjEeM5NmJTIbBxBZp/Dx/j"
-    "xObIAfLnd2xx2OxhEJzv9h7kWSn6iJ2ymvl/hlO64leOKihDdADbXyOP/FjHl3px3smOcm128zfTOrF7gWF6IZPD5TblPHEh8+k5BzKum6xJW6QevzvH6uex"
-    "HBL7U46R3fCUkg0+/IFbVd5QCHH3h5ItByGTLckalyWoN4lJKqN0uOSGaS/2NJEjuPR/Kk9YCv2EcpwoMHvblprS0gNXz4qOL4hSZUwq2sTNg4lnD6Mf0gM+"
-    "QpwzGlrLJiBi1M7rk6k1x9pyU0nZRQI5mmb4HeVq3uuX6rTnJ7a2qNCwKTeT0Id6yCzRgufvGeuqvk2ViLRJ6zN7JNxtrFhJfiCyV2W20X2Pn+jH+v0E1YxE"
-    "jq2ycKDLkqajMLqVEP0xDI/PVVYbtTSYDmFcjeobH5+jkbOGAV5lejwS8HJdJ+LAZa//cQgKxWv+jVfQuRTWYGnYku7lKeNnnplPoeKCDdKlFiKDMDk86cLz"
-    "ALk2nhkEimfeZyg1hYnrlhRDqGQ3sDJWikB2WHZMNZZUhib2q/M6S+zlZd/FUr6A5GN5x/OzAcEQdv+iTLMkSx50RTUfmoezZIYAbpWf8Mvi2UuSX8O00Asd"
-    "YdhLeCcJsC2vQCu4hrpSpMT0VV81t1lowi9NFPXkvKocPfFVXGAf4ugAupKTbHFHvT2SYZX2sz22LDgsyakLGg0Pv7cutBzqI/2Trma07yK45cvS/Avxsk5R"
-    "u2iAGke4vyMHxNW5NCYkpYexKRWRsOvxk5030De/qy7VgS9UBGtNRKLGWJyiSGOSW4Wr66WvjKsnaC6Ol3XcR3SNKgX96YPCPjbgOsAoe4D988JxqxK6F9+U"
-    "fbkbNZW80ch4Hvmgn/JdpiJy2RD01SN1Cbm47/p2CRY3LAcWq1qmlF0ePF+FYP0ix0fMVGkYjcOZm2TM+LE++xwedQQExEzQeJrg7MAyaA8dbIdVcXW1/ytl"
-    "OqKWocMdcsZiH8AAAAAAACcOWByaULTqAAGZHIDwAQB/HaodscRn+wIAAAAABFla"
-)
-
-
-@pytest.mark.parametrize("fixture", [FORMAT_1, FORMAT_2], ids=["1", "2"])
-def test_checkpoints_of_each_format_stay_readable(fixture, tmp_path):
-    with tarfile.open(fileobj=io.BytesIO(lzma.decompress(base64.b64decode(fixture)))) as archive:
-        archive.extractall(tmp_path, filter="data")
-    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, name="head")], name="fixture")
-    model.compile(keras.optimizers.SGD(0.1, name="sgd"), "mse")  # "SGD" by default in Keras 3.10
-    assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 1
-    assert [weight.tolist() for weight in model.get_weights()] == [[[1.5], [-2.25]], [0.125]]
-    assert float(model.optimizer.learning_rate) == 0.5
-    if "quantization_config" in layers.Dense(1).get_config():  # older versions of Keras do not know these configs
-        assert_equal(values(load_model(tmp_path)), values(model))
-    assert model.fit(np.zeros((4, 2)), np.zeros((4, 1)), epochs=4, verbose=0, callbacks=[callback(model, tmp_path)]).epoch == [2, 3]
-    garble(tmp_path / "1/_CHECKPOINT_METADATA")
-    with pytest.raises(CheckpointCorruptError):
-        KerasOrbaxCheckpointManager(model, tmp_path).restore_state(1)
 
 
 def test_other_backends_are_refused():
