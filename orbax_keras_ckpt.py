@@ -628,16 +628,18 @@ def _check_paths(groups: Mapping[str, list[str]]) -> None:
                 )
 
 
-def _specs(variables: Mapping[str, Mapping[str, keras.Variable]]) -> dict[str, list[_Spec]]:
-    # A variable may claim float64 where JAX has only 32 bits: what counts is its value.
-    return {
-        group: [_Spec(path, tuple(each.shape), each.value.dtype.name) for path, each in members.items()]
-        for group, members in variables.items()
-    }
-
-
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
     return tuple([variable.value for variable in members] for members in variables)
+
+
+def _specs(
+    variables: Mapping[str, Mapping[str, keras.Variable]], values: Iterable[list[jax.Array]]
+) -> dict[str, list[_Spec]]:
+    # A variable may claim to be float64 where JAX has only 32 bits: what counts is its value.
+    return {
+        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in zip(members, leaves)]
+        for (group, members), leaves in zip(variables.items(), values)
+    }
 
 
 def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Array]]) -> dict[str, Any]:
@@ -748,7 +750,7 @@ def _compare(
     automatic: Iterable[str],
 ) -> tuple[list[_Source], list[str]]:
     """What to restore from where, and every difference in words. Not `strict`, another dtype is none."""
-    live = _specs(variables)
+    live = _specs(variables, _values(members.values() for members in variables.values()))
     pairs = _pair_variables(live, saved, automatic)
     places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
     taken = set(pairs.values())
@@ -1898,7 +1900,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         record = _Record(
             save=save,
             position=position,
-            variables=_specs(variables),
+            variables=_specs(variables, values),
             metrics=self._numbers(metrics, step, is_complete=not notes.get("unfinished")),
             monitor=self._monitored(),
             model=self._description[0],

@@ -942,6 +942,7 @@ def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
     steps = []
     try:
         while len(steps) < 30:
+            assert running.process.is_alive(), running.log.read_text()
             if directory.exists() and any(path.name.isdecimal() for path in directory.iterdir()):
                 steps.append(int(load_model(directory).optimizer.iterations.value))
                 assert orbax_keras_ckpt._look(str(directory), verify=True)
