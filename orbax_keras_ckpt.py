@@ -961,6 +961,11 @@ _CHUNK_BYTES = 4 * 2**20
 _FILE_BYTES = 64 * 2**20
 _WRITING_BYTES = 4 * _FILE_BYTES  # encoded and not on disk yet
 _READERS = 4  # arrays at a time
+_WRITING = {
+    "target_data_file_size": _FILE_BYTES,
+    "assume_config": True,
+    "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"},
+}
 
 
 def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
@@ -969,6 +974,10 @@ def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     if _is_bucket(directory):  # as a URL it would be unquoted
         base = dict(zip(("driver", "bucket", "path"), ("gcs", *base["path"].removeprefix("gs://").split("/", 1))))
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
+
+
+def _context() -> ts.Context:
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
 
 
 def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
@@ -1018,9 +1027,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         directory, process = await _created(info), jax.process_index()
         # Each process writes a database of its own, which are merged in the end. One alone needs no other.
         base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
-        config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
-        options = {"target_data_file_size": _FILE_BYTES, "assume_config": True, "config": config}
-        specs = [array | {"kvstore": _kvstore(base, name) | options} for name, array in arrays.items()]
+        specs = [array | {"kvstore": _kvstore(base, name) | _WRITING} for name, array in arrays.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
         writing, free = collections.deque(), _WRITING_BYTES
         for store, shards in zip(stores, parts):
@@ -1041,9 +1048,11 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         """Merges what several processes have written, and opens what a run writes first, before it is committed."""
         parts = sorted(path.name for path in _entries(directory) if path.name.startswith("ocdbt.process_"))
         if parts:
-            target, transaction = ts.KvStore.open(_kvstore(directory, "")).result(), ts.Transaction(atomic=True)
-            for part in parts:
-                source = ts.KvStore.open(_kvstore(directory / part, "")).result()
+            places, transaction = [directory, *(directory / part for part in parts)], ts.Transaction(atomic=True)
+            context = _context()  # a common one, without which TensorStore does not copy
+            opening = [ts.KvStore.open(_kvstore(place, "") | _WRITING, context=context) for place in places]
+            target, *sources = [store.result() for store in opening]
+            for source in sources:
                 source.experimental_copy_range_to(target.with_transaction(transaction)).result()
             transaction.commit_sync()
         if self.expected is not None:
@@ -1061,7 +1070,7 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
 def _open_arrays(directory: epath.Path, names: Iterable[str], save: str | None) -> dict[str, ts.TensorStore]:
     """Arrays by name, that we have written in a save of that id, or that Orbax has."""
     driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
-    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
+    context = _context()
     spec = {"driver": driver, "fill_missing_data_reads": False}
     specs = {name: spec | {"kvstore": _kvstore(directory, name)} for name in names}
     opening = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
@@ -1082,9 +1091,13 @@ def _check_arrays(directory: epath.Path, expected: Mapping[str, _Spec], save: st
     stores = _open_arrays(directory, expected, save)
     for name, store in stores.items():
         _check_array(name, store, expected[name])
+    _check_tree(directory, expected)
+    return list(stores.values())
+
+
+def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
     if sorted(path.replace("/", ".") for path in _tree_paths(directory)) != sorted(expected):
         raise ValueError("_METADATA does not list the arrays that were saved")
-    return list(stores.values())
 
 
 def _read_arrays(
@@ -1430,6 +1443,8 @@ class _Restore:
             record = _read_record(step, path)
             with _reading(step, path):
                 saved = record.variables if record else _foreign_variables(_array_folder(path))
+                if record:
+                    _check_tree(path / "default", _arrays_of(saved))
             variables = self.variables_for(step, record, path)
             sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
             if differences and self.strict:
@@ -1925,6 +1940,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._arrays.save = self._rows.save = self._meetings.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         try:
+            _entries(self.directory)  # raises where it has been removed: Orbax would make another one
             self.save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
