@@ -1262,6 +1262,464 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, tmp_pa
         assert done["rerun"] == [0, 1, 2, 3]
 
 
+# ------------------------------------------------------------------------------ the store: what must never be lost
+
+
+def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk(tmp_path):
+    code = (
+        "import keras, orbax_keras_ckpt as o\n"
+        "m = keras.Sequential([keras.Input((300,)), keras.layers.Dense(3000)])\n"
+        "m.compile('adam', 'mse')\n"
+        f"o.KerasOrbaxCheckpointManager(m, {str(tmp_path / 'ckpt')!r}).save_state(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_model(tmp_path / "ckpt").optimizer is not None
+
+
+def test_step_that_another_manager_has_saved_since_is_refused_and_nothing_is_deleted(tmp_path):
+    model = dense_model()
+    earlier = KerasOrbaxCheckpointManager(model, tmp_path, 1)
+    save(model, tmp_path, 3)
+    before = contents(tmp_path)
+    assert earlier.latest_step() == 3
+    for epoch in (2, 3):
+        with pytest.raises(ValueError, match=f"Step {epoch} is not above 3, the newest"):
+            earlier.save_state(epoch)
+    assert contents(tmp_path) == before
+    assert earlier.save_state(4)
+    earlier.wait_until_finished()
+    assert [path.name for path in tmp_path.iterdir()] == ["4"]
+
+
+NAMES = ["run[1]", "layers=[64,32]", "*", "a?b", "{x}", "#1", "%41", "a b", "Schritt ü", "line\nbreak"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_directories_may_have_any_name(name, tmp_path):
+    model, directory = dense_model(), tmp_path / name
+    for epoch in range(3):
+        save(model, directory, epoch)
+    assert ocp.StandardCheckpointer().restore(directory / "2/default")
+    manager = KerasOrbaxCheckpointManager(model, directory, 2)
+    assert manager.restore_state() == 2 and manager.save_state(3)
+    manager.wait_until_finished()
+    assert sorted(path.name for path in directory.iterdir()) == ["2", "3"]
+    assert_equal(values(load_model(directory)), values(model))
+
+
+def wide_types():
+    stack = [keras.Input((6,)), layers.Dense(4, dtype="float64"), Counting()]
+    return compiled(keras.Sequential([*stack, layers.Dense(1)]))
+
+
+class Counting(layers.Layer):
+    def build(self, shape):
+        self.count = self.add_weight(shape=(), dtype="int64", trainable=False, initializer="zeros", name="count")
+
+    def call(self, x):
+        return x
+
+
+def test_variables_of_64_bits_are_restored_where_jax_has_32(tmp_path):
+    saved, model = wide_types(), wide_types()
+    fit(saved, 1)
+    save(saved, tmp_path)
+    assert KerasOrbaxCheckpointManager(model, tmp_path).restore_state() == 0
+    assert_equal(values(model), values(saved))
+
+
+def test_state_saved_with_x64_is_a_mismatch_without(tmp_path):
+    script("save_x64", tmp_path, env={**os.environ, "JAX_ENABLE_X64": "1"})
+    with pytest.raises(CheckpointMismatchError, match="was saved as float64, the model has float32"):
+        KerasOrbaxCheckpointManager(wide_types(), tmp_path).restore_state()
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def save_x64(directory):
+    save(wide_types(), directory)
+
+
+def dotted():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(6, name="b")], name="a")
+    return compiled(keras.Sequential([keras.Input((6,)), inner, layers.Dense(6, name="a.b")], name="top"))
+
+
+def test_names_that_are_one_on_disk_are_refused_at_the_start(tmp_path):
+    model = dotted()
+    for use in (lambda: fit(model, 1, callback(model, tmp_path)), lambda: save(model, tmp_path)):
+        with pytest.raises(ValueError, match="differs only in '.' and '/'"):
+            use()
+    assert listing(tmp_path) == []
+
+
+def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch):
+    model = dense_model()
+    tree = orbax_keras_ckpt._tree
+
+    def without_one(variables, values):
+        made = tree(variables, values)
+        next(iter(made["optimizer_variables"].values())).popitem()
+        return made
+
+    monkeypatch.setattr(orbax_keras_ckpt, "_tree", without_one)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    manager.save_state(0)
+    with pytest.raises(CheckpointError, match="Saving step 0 .* has failed"):
+        manager.wait_until_finished()
+    assert listing(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------ the store: damage stays where it is
+
+
+def test_one_bad_byte_in_any_file_of_any_step_leaves_the_others_usable(tmp_path):
+    """Every file of the newest and of an old step, with arrays of stateful objects and metrics in them."""
+    model, original = dense_model(400), tmp_path / "original"
+    best = keras.callbacks.EarlyStopping("loss", restore_best_weights=True)
+    best.best_weights = [np.ones((200, 200), "float32")]
+    stopping = callback(model, original, None, monitor="loss", stateful=[best])
+    best.best_weights = [np.zeros((200, 200), "float32")]
+    fit(model, 3, stopping)
+    assert (original / "2/run").is_dir()
+    for step in (2, 0):
+        for number, file in enumerate(sorted(path for path in (original / str(step)).rglob("*") if path.is_file())):
+            if not file.stat().st_size:
+                continue
+            directory = shutil.copytree(original, tmp_path / f"{step} {number}")
+            damaged = directory / file.relative_to(original)
+            flip(damaged, 8 * (damaged.stat().st_size // 2) + 7)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                manager = KerasOrbaxCheckpointManager(model, directory, None, monitor="loss")
+                assert manager.restore_state() in (1, 2) and manager.save_state(3, metrics={"loss": 1.0})
+                manager.wait_until_finished()
+                assert manager.best_step() is not None
+                assert load_model(directory) is not None
+                orbax_keras_ckpt._look(str(directory), verify=True)
+            shutil.rmtree(directory)
+
+
+def test_flipped_bits_of_what_belongs_to_objects_are_found(tmp_path):
+    draw = random.Random(5)
+    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path)
+    own = {"weights": [np.random.default_rng(i).normal(size=(60, 60)).astype("float32") for i in range(8)]}
+    manager._describe()
+    manager._save(0, orbax_keras_ckpt._Position(1), {}, own=own)
+    manager.wait_until_finished()
+    files = [path for path in (tmp_path / "0/run").rglob("*") if path.is_file() and path.stat().st_size]
+    variables, found = orbax_keras_ckpt._variables(manager._model), 0
+    for _ in range(60):
+        path = draw.choices(files, [file.stat().st_size for file in files])[0]
+        bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        try:
+            back = manager._restore(0, lambda *_: variables).own
+        except CheckpointCorruptError:
+            found += 1
+        else:
+            assert_equal(back["weights"], own["weights"])
+        flip(path, bit)
+    assert found > 20
+
+
+def test_ten_thousand_arrays_of_one_object_come_back_in_order(tmp_path):
+    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path)
+    manager._describe()
+    manager._save(0, orbax_keras_ckpt._Position(1), {}, own=[np.array([i, -i]) for i in range(10_050)])
+    back = manager._restore(0, lambda *_: orbax_keras_ckpt._variables(manager._model)).own
+    assert [int(array[0]) for array in back] == list(range(10_050))
+
+
+def test_small_states_stand_in_the_record_and_make_no_folder(tmp_path):
+    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path)
+    manager._describe()
+    own = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
+    manager._save(0, orbax_keras_ckpt._Position(1), {}, own=own)
+    back = manager._restore(0, lambda *_: orbax_keras_ckpt._variables(manager._model)).own
+    assert back["random"].tolist() == own["random"].tolist() and back[3] == own[3]
+    assert [path.name for path in (tmp_path / "0").iterdir() if path.is_dir()] == ["default"]
+
+
+def test_files_of_two_saves_are_never_mixed(tmp_path):
+    for number in (0, 1):
+        model = dense_model(400)
+        fit(model, 1)
+        manager = KerasOrbaxCheckpointManager(model, tmp_path / str(number))
+        manager._describe()
+        manager._save(0, orbax_keras_ckpt._Position(1), {}, own=[np.full(100_000, number)])
+        manager.wait_until_finished()
+    there, mixed, model = tmp_path / "1/0", tmp_path / "mixed", dense_model(400)
+    for file in [path.relative_to(there) for path in there.rglob("*") if path.is_file()]:
+        shutil.copytree(tmp_path / "0", mixed)
+        shutil.copy(there / file, mixed / "0" / file)  # one file of another save
+        restored = False
+        with contextlib.suppress(CheckpointCorruptError):
+            own = KerasOrbaxCheckpointManager(model, mixed)._restore(0, lambda *_: orbax_keras_ckpt._variables(model)).own
+            restored = True
+        if restored:  # it was a file that is not used, or that is the same
+            assert_equal(values(model), values(load_model(tmp_path / "0")))
+            assert own[0][0] == 0
+        shutil.rmtree(mixed)
+    shutil.copytree(tmp_path / "0", mixed)
+    shutil.copytree(there / "default", mixed / "0/default", dirs_exist_ok=True)  # as rsync over an older copy
+    with pytest.raises(CheckpointCorruptError, match="files of two are mixed|NOT_FOUND"):
+        KerasOrbaxCheckpointManager(model, mixed).restore_state()
+
+
+def test_damage_is_what_the_content_says(wider, tmp_path):
+    directory = shutil.copytree(wider[1], tmp_path / "UNAVAILABLE")
+    flip(data_file(directory / "2"), 8 * 5000)
+    try:
+        raise ConnectionError("elsewhere")
+    except ConnectionError:
+        with pytest.warns(UserWarning, match="Step 1 is restored"):
+            assert KerasOrbaxCheckpointManager(dense_model(400), directory, read_only=True).restore_state() == 1
+
+
+def test_unreadable_manifest_is_the_store_and_not_damage(wider, tmp_path):
+    with tempfile.TemporaryDirectory() as place:  # tmp_path is root's alone
+        public = shutil.copytree(wider[1], pathlib.Path(place, "ckpt"))
+        (public / "2/default/manifest.ocdbt").chmod(0)
+        lines = script("as_nobody", public).stdout.splitlines()
+        assert lines[-1].startswith("OSError") and "PERMISSION_DENIED" in lines[-1]
+        assert sorted(path.name for path in public.iterdir()) == ["0", "1", "2"]
+
+
+def as_nobody(directory):
+    """Restores as a user who may not read all files."""
+    model, directory = dense_model(400), pathlib.Path(directory)
+    manager = KerasOrbaxCheckpointManager(model, directory, read_only=True)
+    directory.parent.chmod(0o755)
+    os.seteuid(65534)
+    try:
+        print(manager.restore_state())
+    except Exception as error:
+        print(type(error).__name__, str(error).replace("\n", " "))
+
+
+def test_deletion_that_fails_is_a_warning_and_its_rest_no_damage(tmp_path, monkeypatch):
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, 1)
+    manager.save_state(0)
+    manager.wait_until_finished()
+    rmtree = type(epath.Path("/")).rmtree
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "0":
+            raise OSError(16, "Device or resource busy")
+        return rmtree(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(epath.Path("/")), "rmtree", refuse)
+        manager.save_state(1)
+        with pytest.warns(UserWarning, match="could not be deleted.*busy"):
+            manager.wait_until_finished()
+    assert (tmp_path / "0").is_dir() and manager.restore_state() == 1
+    assert orbax_keras_ckpt._look(str(tmp_path), verify=True)
+    manager.save_state(2)
+    manager.wait_until_finished()
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_failed_saves_on_a_full_disk_leave_nothing_and_the_next_save_works(tmp_path):
+    model = dense_model(20_000)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    manager.save_state(0)
+    manager.wait_until_finished()
+    unlimited, earlier = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for limit in (10_000, 0):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+            with pytest.raises(CheckpointError, match="Saving step 1 .* has failed"):
+                manager.save_state(1)
+                manager.wait_until_finished()
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+            assert [path.name for path in tmp_path.iterdir()] == ["0"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        signal.signal(signal.SIGXFSZ, earlier)
+    assert manager.save_state(1)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [0, 1] and manager.restore_state() == 1
+
+
+# ------------------------------------------------------------------------------------ the store: values and names
+
+
+def normalizing():
+    model = keras.Sequential([keras.Input((6,)), layers.Normalization(), layers.Dense(1)])
+    return compiled(model)
+
+
+def test_layers_that_derive_values_from_variables_predict_right_after_a_restore(tmp_path):
+    saved, model = normalizing(), normalizing()
+    saved.layers[0].adapt(X * 3 + 5)
+    fit(saved, 1)
+    save(saved, tmp_path)
+    expected = saved.predict(X, verbose=0)
+    KerasOrbaxCheckpointManager(model, tmp_path).restore_state()
+    assert_equal([model.predict(X, verbose=0)], [expected])
+    assert_equal([load_model(tmp_path).predict(X, verbose=0)], [expected])
+
+
+class Hoarder(layers.Layer):
+    """Has state that is in no variable."""
+
+    def build(self, shape):
+        self.weight = self.add_weight(shape=(1,), name="weight")
+        self.seen = np.arange(3)
+
+    def call(self, x):
+        return x * self.weight
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        store["seen"] = self.seen
+
+
+def test_layers_with_state_that_is_in_no_variable_are_named_at_the_first_save(tmp_path):
+    model = compiled(keras.Sequential([keras.Input((6,)), Hoarder(name="hoarder"), layers.Dense(1)]))
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    with pytest.warns(UserWarning, match="'hoarder' have a save_own_variables"):
+        manager.save_state(0)
+    manager.save_state(1)
+    manager.wait_until_finished()
+
+
+def test_blocks_that_the_user_numbered_are_matched_by_name_alone(tmp_path):
+    saved, model = named_blocks(["block_1", "block_2"]), named_blocks(["block_2", "block_3"])
+    save(saved, tmp_path)
+    before = values(model)
+    with pytest.raises(CheckpointMismatchError, match="'.*block_3/kernel' is in the model but not in the checkpoint"):
+        KerasOrbaxCheckpointManager(model, tmp_path).restore_state()
+    assert_equal(values(model), before)
+    with pytest.warns(UserWarning, match="restored in part"):
+        KerasOrbaxCheckpointManager(model, tmp_path).restore_state(strict=False)
+    assert_equal([model.get_layer("block_2").kernel.value], [saved.get_layer("block_2").kernel.value])
+    assert_equal([model.get_layer("block_3").kernel.value], [before[2]])
+
+
+def frozen(which):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dense(6)])
+    for layer in which:
+        model.layers[layer].trainable = False
+    return compiled(model)
+
+
+@pytest.mark.parametrize(("then", "now"), [((), (0,)), ((0,), ()), ((0,), (1,))])
+def test_layers_frozen_or_thawed_since_are_restored_by_path(then, now, tmp_path):
+    saved, model, another = frozen(then), frozen(now), frozen(now)
+    fit(saved, 1)
+    save(saved, tmp_path)
+    KerasOrbaxCheckpointManager(model, tmp_path).restore_state(weights_only=True, strict=False)  # without a warning
+    KerasOrbaxCheckpointManager(another, tmp_path).restore_state(weights_only=True)
+    for each in (model, another):
+        assert_equal([weight for layer in each.layers for weight in layer.get_weights()],
+                     [weight for layer in saved.layers for weight in layer.get_weights()])
+
+
+def frozen_attention():
+    inputs = keras.Input((4, 6))
+    attention = layers.MultiHeadAttention(2, 3)
+    model = keras.Model(inputs, layers.Dense(1)(attention(inputs, inputs)))
+    attention.trainable = False
+    return compiled(model)
+
+
+def lora_inside():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(5), layers.Dense(6)])
+    inner.layers[0].enable_lora(2)
+    inner.layers[1].trainable = False
+    return compiled(keras.Sequential([keras.Input((4, 6)), inner, layers.Dense(1)]))
+
+
+def lora_in_attention():
+    model = frozen_attention()
+    model.layers[1].query_dense.enable_lora(2)
+    return compiled(model)
+
+
+@pytest.mark.parametrize("build", [frozen_attention, lora_inside, lora_in_attention])
+def test_load_model_of_frozen_composite_layers_and_lora(build, tmp_path):
+    model, x = build(), np.random.default_rng(4).normal(size=(16, 4, 6)).astype("float32")
+    model.fit(x, x[:, :, :1], verbose=0)
+    save(model, tmp_path)
+    keras.utils.clear_session()
+    loaded = load_model(tmp_path)
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6)
+    loaded.fit(x, x[:, :, :1], verbose=0)
+    model.fit(x, x[:, :, :1], verbose=0)
+    assert_equal(sorted(values(loaded), key=lambda v: v.tobytes()), sorted(values(model), key=lambda v: v.tobytes()))
+
+
+def test_options_that_use_metrics_get_the_logs(tmp_path):
+    model, seen = dense_model(), []
+    manager = KerasOrbaxCheckpointManager(
+        model, tmp_path, 1, best_fn=lambda metrics: seen.append(metrics) or metrics["loss"], best_mode="min"
+    )
+    for epoch, loss in enumerate([3.0, 1.0, 2.0]):
+        manager.save_state(epoch, metrics={"loss": loss, "text": "x", "ragged": [[1], [1, 2]]})
+    manager.wait_until_finished()
+    assert {"loss": 1.0} in seen and manager.all_steps() == [1] and manager.best_step() == 1
+
+
+def test_old_steps_take_part_in_retention_by_a_monitor_that_is_new(tmp_path):
+    model = dense_model()
+    for epoch in range(3):
+        save(model, tmp_path, epoch)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, 1, monitor="loss", mode="min")
+    for epoch, loss in enumerate([2.0, 1.0, 3.0], 3):
+        manager.save_state(epoch, metrics={"loss": loss})
+    manager.wait_until_finished()
+    assert manager.all_steps() == [4, 5]
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 2)])
+def test_best_step_is_the_same_everywhere(mode, best, tmp_path, capsys):
+    model, saved = dense_model(), []
+    manager = KerasOrbaxCheckpointManager(model, tmp_path, None, monitor="val_loss", mode=mode)
+    for epoch, loss in enumerate([2.0, 1.0, 3.0, float("nan")]):
+        fit(model, 1)
+        saved.append(values(model))
+        manager.save_state(epoch, metrics={"val_loss": loss})
+    manager.wait_until_finished()
+    fresh = KerasOrbaxCheckpointManager(model, tmp_path)
+    assert manager.best_step() == fresh.best_step() == best
+    assert fresh.restore_state("best") == manager.restore_state("best") == best
+    assert_equal(values(model), saved[best])
+    assert_equal(values(load_model(tmp_path, step="best")), saved[best])
+    orbax_keras_ckpt._look(str(tmp_path), verify=False)
+    assert [line[0] for line in capsys.readouterr().out.splitlines() if "best" in line] == [str(best)]
+
+
+def test_no_best_step_is_said_clearly(tmp_path):
+    model = dense_model()
+    save(model, tmp_path)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    assert manager.best_step() is None
+    for restore in (lambda: manager.restore_state("best"), lambda: load_model(tmp_path, "best")):
+        with pytest.raises(CheckpointError, match="No checkpoint in .* is known as the best one"):
+            restore()
+
+
+def test_record_cannot_name_functions_but_those_that_callbacks_use():
+    assert orbax_keras_ckpt._unpack(orbax_keras_ckpt._pack(keras.ops.less)) is keras.ops.less
+    for name in ("__builtins__", "exp", "os"):
+        with pytest.raises(ValueError):
+            orbax_keras_ckpt._unpack({"operation": name})
+
+
+def test_orbax_v1_reads_what_is_written(trained):
+    v1 = pytest.importorskip("orbax.checkpoint.v1")
+    model, directory = trained
+    expected = model.get_state_tree("numpy_array")
+    del expected["metrics_variables"]
+    read = v1.load_checkpointables(directory / "2")["default"]
+    assert_equal([np.asarray(leaf) for leaf in jax.tree.leaves(read)], jax.tree.leaves(expected))
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -2680,5 +3138,5 @@ def relay(work, directory, kinds):
 
 
 if __name__ == "__main__":
-    programs = (train_and_fail, failing, unreadable, emulator, bucket_train, bucket_cycle)
+    programs = (train_and_fail, failing, unreadable, as_nobody, save_x64, emulator, bucket_train, bucket_cycle)
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
