@@ -407,6 +407,11 @@ class _Hooked(ocp.CheckpointManager):
             self._commit_failed(error)
             raise
 
+    def _settle(self) -> None:
+        """Waits for the rest of a save that has failed. Of several errors, Orbax would raise others at the next save."""
+        with contextlib.suppress(Exception):
+            super()._wait_for_checkpointers()
+
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float]]]:
         raise NotImplementedError
 
@@ -2057,6 +2062,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Raises for a save that has failed. A warning, where it is committed for all that."""
         self._saving = None
         _SAVING.discard(self)
+        self._settle()
         is_committed = False
         with contextlib.suppress(OSError):  # another error is on its way
             for _, path in [each for each in _temporary(self.directory, self._prefix) if each[0] == step]:
