@@ -1719,12 +1719,194 @@ def test_record_cannot_name_functions_but_those_that_callbacks_use():
 
 
 def test_orbax_v1_reads_what_is_written(trained):
-    v1 = pytest.importorskip("orbax.checkpoint.v1")
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
     model, directory = trained
     expected = model.get_state_tree("numpy_array")
     del expected["metrics_variables"]
     read = v1.load_checkpointables(directory / "2")["default"]
     assert_equal([np.asarray(leaf) for leaf in jax.tree.leaves(read)], jax.tree.leaves(expected))
+
+
+# ---------------------------------------------------------------------- every system call of a run, replayed
+
+CALLS = "openat,write,pwrite64,writev,pwritev,ftruncate,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,rmdir,fsync,fdatasync"
+
+
+class Node:
+    """A file or folder: as it is, and as it is on the disk for certain."""
+
+    def __init__(self, content=None):
+        self.content = {} if content is None else bytearray(content)
+        self.flush()
+        self.removed = set()  # names, since the folder was flushed
+
+    def flush(self):
+        self.flushed, self.removed = type(self.content)(self.content), set()
+
+
+class Disk:
+    """What system calls do to a folder. After each, `write_to` makes what a kill or a power cut leaves of it."""
+
+    def __init__(self, root):
+        self.root, self.offsets = str(root), {}
+        self.top = self.copied(root)
+
+    def copied(self, path):
+        node = Node(None if path.is_dir() else path.read_bytes())
+        if path.is_dir():
+            node.content = {each.name: self.copied(each) for each in path.iterdir()}
+            node.flush()
+        return node
+
+    def at(self, path):
+        """The folder that a path is in, and its last name."""
+        *folders, name = path.removeprefix(self.root).strip("/").split("/")
+        node = self.top
+        for folder in folders:
+            node = node.content[folder]
+        return node, name
+
+    def node(self, path):
+        parent, name = self.at(path)
+        return parent.content[name] if name else self.top
+
+    def apply(self, call, paths, texts, line, result):
+        """False if nothing has changed."""
+        if call == "openat":
+            parent, name = self.at(paths[-1])
+            self.offsets[result] = 0
+            if "O_CREAT" not in line or (name in parent.content and "O_TRUNC" not in line):
+                return False
+            node = parent.content.setdefault(name, Node(b""))
+            node.content = bytearray()
+        elif call.startswith(("write", "pwrite")):
+            node, descriptor = self.node(paths[0]), int(re.search(r"\((\d+)<", line)[1])
+            data = b"".join(texts)[:result]
+            start = int(re.findall(r", (\d+)\)", line)[-1]) if call.startswith("p") else self.offsets.get(descriptor, 0)
+            node.content[start : start + len(data)] = data
+            self.offsets[descriptor] = start + len(data)
+        elif call == "ftruncate":
+            del self.node(paths[0]).content[int(re.findall(r", (\d+)\)", line)[-1]) :]
+        elif call.startswith("rename"):
+            (old, old_name), (new, new_name) = self.at(paths[-2]), self.at(paths[-1])
+            new.content[new_name] = old.content.pop(old_name)
+        elif call in ("unlink", "unlinkat", "rmdir"):
+            parent, name = self.at(paths[-1])
+            del parent.content[name]
+            parent.removed.add(name)
+        elif call.startswith("mkdir"):
+            parent, name = self.at(paths[-1])
+            parent.content[name] = Node()
+        else:
+            self.node(paths[0]).flush()
+        return True
+
+    def write_to(self, target, how, node=None):
+        """`how`: "killed", or after a power cut, without what was not flushed: "names" without new names, "deleted"
+        without what was deleted either, "contents" with all names, but empty files."""
+        node = node or self.top
+        if not isinstance(node.content, dict):
+            target.write_bytes(node.content if how == "killed" else node.flushed)
+            return
+        target.mkdir()
+        entries = node.content if how in ("killed", "contents") else node.flushed
+        for name, each in entries.items():
+            if how != "deleted" or name not in node.removed:
+                self.write_to(target / name, how, each)
+
+
+def system_calls(log, root):
+    """(name, paths, other strings, line, result) of the calls that have succeeded, in a folder, in their order."""
+    begun = {}
+    for line in log.read_text().splitlines():
+        process, line = line.split(maxsplit=1)
+        if line.endswith("<unfinished ...>"):
+            begun[process] = line.removesuffix("<unfinished ...>")
+            continue
+        if line.startswith("<..."):
+            line = begun.pop(process) + line.split("resumed>", 1)[1]
+        found = re.match(r"(\w+)\((.*)\)\s+= (\d+)", line)
+        if not found:
+            continue
+        decode = lambda text: bytes.fromhex(text.replace("\\x", ""))  # noqa: E731
+        texts = [decode(each) for each in re.findall(r'"((?:\\x[0-9a-f]{2})*)"', found[2])]
+        places = [decode(each).decode() for each in re.findall(r"<((?:\\x[0-9a-f]{2})+)>", found[2])]
+        if found[1] in ("openat", "mkdir", "mkdirat", "rmdir", "unlink", "unlinkat") or found[1].startswith("rename"):
+            names = [text.decode() for text in texts]
+            paths = [os.path.join(places[min(i, len(places) - 1)] if places else "/", name) for i, name in enumerate(names)]
+        else:
+            paths = places
+        if paths and paths[-1].startswith(f"{root}") and all(path.startswith(str(root)) for path in paths[:1]):
+            yield found[1], paths, texts, line, int(found[3])
+
+
+def numbered(model, number):
+    """Gives all variables one value."""
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    for variable in [*model.trainable_variables, *model.optimizer.variables]:
+        variable.assign(np.full(variable.shape, number, variable.dtype))
+
+
+def numbered_saves(directory, kind):
+    """Saves numbered states. For certain kinds of runs, the steps are snapshots that are replaced, or damage is found."""
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, directory, 1)
+    manager._start_run()
+    first = 0
+    if kind == "damaged":
+        warnings.simplefilter("ignore")
+        first = manager.restore_state() + 1
+    for step in range(first, first + 3):
+        numbered(model, 10 * step + 1)
+        if kind == "replaced":
+            manager._save(step, orbax_keras_ckpt._Position(step, 1), {}, unfinished=True, force=True)
+            numbered(model, 10 * step + 2)
+        manager.save_state(step)
+    manager.wait_until_finished()
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls are seen")
+@pytest.mark.parametrize("kind", ["one kept", "replaced", "damaged"])
+def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(kind, tmp_path):
+    directory, log, model = tmp_path / "ckpt", tmp_path / "log", dense_model()
+    directory.mkdir()
+    if kind == "damaged":
+        for step in range(2):
+            numbered(model, 10 * step + 1)
+            save(model, directory, step)
+        flip(data_file(directory / "1"), 8 * 300)
+    disk, place, least, states = Disk(directory), tmp_path / "state", dict.fromkeys(HOWS, None), 0
+    strace = ["strace", "-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={CALLS}", "-o", str(log)]
+    command = [*strace, sys.executable, __file__, "numbered_saves", str(directory), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if "ptrace" in done.stderr:
+        pytest.skip("strace may not trace here")
+    assert done.returncode == 0, done.stderr
+    for call in system_calls(log, directory):
+        if not disk.apply(*call) or call[0].startswith(("write", "pwrite", "openat")):
+            continue  # what has been written in part looks the same from outside
+        states += 1
+        for how in HOWS:
+            disk.write_to(place, how)
+            number = restored_number(model, place)
+            assert number is not None or least[how] is None, f"nothing is left when {how}, after {states}: {call[:2]}"
+            assert number is None or how == "deleted" or number >= (least[how] or 0), (number, how, states, call[:2])
+            least[how] = least[how] if number is None or how == "deleted" and number < (least[how] or 0) else number
+            shutil.rmtree(place)
+    assert states > 60 and set(least.values()) <= {21, 22, 41}
+
+
+HOWS = ("killed", "names", "deleted", "contents")
+
+
+def restored_number(model, directory):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step = KerasOrbaxCheckpointManager(model, directory, read_only=True).restore_state()
+    numbers = {float(x) for v in [*model.trainable_variables, *model.optimizer.variables] for x in np.unique(v.value)}
+    assert step is None or len(numbers) == 1, numbers
+    return None if step is None else numbers.pop()
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -3145,5 +3327,5 @@ def relay(work, directory, kinds):
 
 
 if __name__ == "__main__":
-    programs = (train_and_fail, failing, unreadable, as_nobody, save_x64, emulator, bucket_train, bucket_cycle)
+    programs = (train_and_fail, failing, unreadable, as_nobody, save_x64, numbered_saves, emulator, bucket_train, bucket_cycle)
     {program.__name__: program for program in programs}[sys.argv[1]](*sys.argv[2:])
