@@ -670,9 +670,11 @@ def _automatic_names(model: keras.Model) -> set[str]:
     """The names, without numbers, that Keras has made up for parts of a model."""
     optimizer = getattr(model, "optimizer", None)
     members = [*_layers(model), *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
-    stems = {stem for each in members if (stem := _automatic_name(type(each))) == _NUMBER.sub("", each.name)}
-    inside = {f"{side}_{stem}" for side in ("forward", "backward") for stem in stems}  # of Bidirectional
-    return stems | inside | {"seed_generator", "variable"}
+    stems = {"seed_generator", "variable"}
+    for member in members:
+        stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
+        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # those of Bidirectional
+    return stems
 
 
 def _pair_names(live: Iterable[str], saved: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
