@@ -2217,7 +2217,7 @@ def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(fr
         process = Process(work / f"{kill}.log", train, str(work), pause=0.01, **options)
         while not (work / "started").exists() and process.process.is_alive():
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1.5))
+        time.sleep(draw.uniform(0, 0.8))
         os.kill(process.process.pid, signal.SIGTERM if freq == "epoch" and kill % 2 else signal.SIGKILL)
         process.join()
         (work / "started").unlink(missing_ok=True)
@@ -2228,6 +2228,62 @@ def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(fr
     run_to_its_end(work, **options)
     assert [path.name for path in (work / "ckpt").iterdir()] == ["39" if freq == "epoch" else str(40 * BATCHES)]
     assert_same_end(work, uninterrupted(data="shuffled", epochs=40))
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls fail")
+def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_goes_on(uninterrupted, tmp_path):
+    number = random.randrange(10**6)
+    print("seed", number)
+    draw, options = random.Random(number), {"data": "in order", "save_freq": "3 batches", "max_to_keep": 1}
+    for _ in range(8):
+        call = draw.choice(["openat", "write", "fsync", "rename", "mkdir", "unlinkat"])
+        fault = f"{call}:error={draw.choice(['EIO', 'ENOSPC', 'EBUSY'])}:when={draw.randint(1, 12)}{draw.choice(['', '+'])}"
+        work = tmp_path / fault
+        work.mkdir()
+        process = Process(work / "log", when_ready, str(work), **options)
+        while not (work / "ready").exists():
+            time.sleep(0.01)
+        command = ["strace", "-f", "-o", os.devnull, "-e", f"inject={fault}", "-p", str(process.process.pid)]
+        strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        if "attached" not in strace.stderr.readline():
+            process.process.kill()
+            pytest.skip("strace may not trace here")
+        (work / "go").touch()
+        code, log = process.join()
+        strace.communicate()
+        if code == 0:
+            assert_same_end(work, uninterrupted(data="in order"))
+        else:
+            assert "Error" in log or code < 0, (fault, code, log)
+        run_to_its_end(work, **options)
+        assert_same_end(work, uninterrupted(data="in order"))
+
+
+def when_ready(work, **options):
+    pathlib.Path(work, "ready").touch()
+    while not os.path.exists(os.path.join(work, "go")):
+        time.sleep(0.01)
+    train(work, **options)
+
+
+def test_process_does_not_grow_over_a_hundred_saves(tmp_path):
+    process = Process(tmp_path / "log", save_again_and_again, str(tmp_path / "ckpt"))
+    code, log = process.join()
+    assert code == 0, log
+    before, after = json.loads(log.splitlines()[-1])
+    assert after - before < 50e6, (before, after)
+
+
+def save_again_and_again(directory):
+    """A hundred saves of 50 MB; prints the memory of the process after thirty and in the end."""
+    model = compiled(keras.Sequential([keras.Input((2048,)), layers.Dense(2048)]))
+    manager, memory = KerasOrbaxCheckpointManager(model, directory, 1), []
+    for epoch in range(100):
+        manager.save_state(epoch)
+        if epoch in (29, 99):
+            manager.wait_until_finished()
+            memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    print(json.dumps(memory))
 
 
 @pytest.mark.parametrize("end", ["raise", "interrupt"])
