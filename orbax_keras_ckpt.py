@@ -1850,7 +1850,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 metadata = _metadata(path)
                 nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
                 metrics = _Record.from_metadata(metadata).metrics
-            self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.timezone.utc), metrics
+            self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics
         self._known = {path: known for path, known in self._known.items() if path in steps.values()}
         return [(step, *self._known[path]) for step, path in sorted(steps.items())]
 

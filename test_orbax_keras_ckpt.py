@@ -1892,7 +1892,7 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
             number = restored_number(model, place)
             assert number is not None or least[how] is None, f"nothing is left when {how}, after {states}: {call[:2]}"
             assert number is None or how == "deleted" or number >= (least[how] or 0), (number, how, states, call[:2])
-            least[how] = least[how] if number is None or how == "deleted" and number < (least[how] or 0) else number
+            least[how] = least[how] if number is None or (how == "deleted" and number < (least[how] or 0)) else number
             shutil.rmtree(place)
     assert states > 60 and set(least.values()) <= {21, 22, 31}
 
