@@ -42,8 +42,8 @@ On disk, for the newest step 2, readable with plain Orbax:
     /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
-Further folders only where there is something in them: `stateful` (arrays of such objects), `assets` (vocabularies),
-`metrics` (with `monitor`). With several processes, `default` has a file `orbax_keras_ckpt.process_<n>` of each.
+One further folder, `run`, holds what is no variable and not small: arrays of `stateful` objects, vocabularies, and
+with several processes the states of each. A snapshot inside an epoch is `<step>.replaced` while its successor is written.
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
@@ -366,14 +366,13 @@ class _Deleter:
     committed by then: what fails here is noted, and fails no save.
     """
 
-    def __init__(self, deleter: Any, steps: Callable[[], dict[int, epath.Path]], tidy: Callable[[], None]):
-        self._deleter, self._steps, self._tidy = deleter, steps, tidy
+    def __init__(self, deleter: Any, mark: Callable[[int], None], tidy: Callable[[], None]):
+        self._deleter, self._mark, self._tidy = deleter, mark, tidy
         self.failures = []
 
     def delete(self, step: int) -> None:
-        if jax.process_index() == 0 and (path := self._steps().get(step)) is not None:
-            _unmark(path)
-            self._deleter.delete(step)
+        self._mark(step)
+        self._deleter.delete(step)
 
     def delete_steps(self, steps: Sequence[int]) -> None:
         for work in [*(functools.partial(self.delete, step) for step in steps), self._tidy]:
@@ -389,8 +388,8 @@ class _Deleter:
 class _Hooked(ocp.CheckpointManager):
     """Orbax's manager, with what it knows of the directory, its deletions and its failures in our hands."""
 
-    def _watch_deletions(self, steps: Callable[[], dict[int, epath.Path]], tidy: Callable[[], None]) -> None:
-        self._checkpoint_deleter = _Deleter(self._checkpoint_deleter, steps, tidy)
+    def _watch_deletions(self) -> None:
+        self._checkpoint_deleter = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
 
     def _deletion_failures(self) -> list[str]:
         failures, self._checkpoint_deleter.failures = self._checkpoint_deleter.failures, []
@@ -408,15 +407,9 @@ class _Hooked(ocp.CheckpointManager):
             raise
 
     def _settle(self) -> None:
-        """Waits for the rest of a save that has failed. Of several errors, Orbax would raise others at the next save."""
+        """Waits for the rest of a failed save. Of several errors, Orbax would raise others at the next save."""
         with contextlib.suppress(Exception):
             super()._wait_for_checkpointers()
-
-    def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float]]]:
-        raise NotImplementedError
-
-    def _commit_failed(self, error: BaseException) -> None:
-        raise NotImplementedError
 
 
 def _before_threads_stop(function: Callable[[], None]) -> None:
@@ -1708,7 +1701,10 @@ def _finish_before_exit() -> None:
 
     def finish() -> None:
         for manager in list(_SAVING):
-            manager.wait_until_finished()
+            try:
+                manager.wait_until_finished()
+            except Exception:  # nobody is left to raise it to
+                sys.excepthook(*sys.exc_info())
 
     _before_threads_stop(finish)
 
@@ -1780,8 +1776,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
         handlers = {"default": _tree_handler(self._arrays), "run": _tree_handler(self._rows)}
         super().__init__(directory, item_handlers=handlers, options=options)
-        steps, tidy = (functools.partial(each, directory, self._prefix) for each in (_steps, _remove_leftovers))
-        self._watch_deletions(steps, lambda: tidy() if jax.process_index() == 0 else None)
+        self._keeps_deleted = bool(options.todelete_subdir or getattr(options, "todelete_full_path", None))
+        self._watch_deletions()
 
     def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """All options of Orbax's manager."""
@@ -1852,7 +1848,22 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 metrics = _Record.from_metadata(metadata).metrics
             self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics
         self._known = {path: known for path, known in self._known.items() if path in steps.values()}
-        return [(step, *self._known[path]) for step, path in sorted(steps.items())]
+        return [(step, self._known[path][0], self._judged(self._known[path][1])) for step, path in sorted(steps.items())]
+
+    def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
+        """The metrics that retention judges a step by. A best_fn of the user's is not asked about none."""
+        return metrics if metrics or self._monitor is not None else None
+
+    def _unmark(self, step: int) -> None:
+        """Before a step is deleted."""
+        path = _steps(self.directory, self._prefix).get(step)
+        if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
+            _unmark(path)
+
+    def _tidy(self) -> None:
+        """After each commit."""
+        if jax.process_index() == 0:
+            _remove_leftovers(self.directory, self._prefix)
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and describes the model, which `fit` leaves without values."""
@@ -1951,7 +1962,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
-                metrics=record.metrics,
+                metrics=self._judged(record.metrics),
                 custom_metadata=record.to_metadata(),
                 force=True,
             )
