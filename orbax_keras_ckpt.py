@@ -43,7 +43,7 @@ On disk, for the newest step 2, readable with plain Orbax:
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
 One further folder, `run`, holds what is no variable and not small: arrays of `stateful` objects, vocabularies, and
-with several processes the states of each. A snapshot inside an epoch is `<step>.replaced` while its successor is written.
+with several processes the states of each. A snapshot that is being replaced is `<step>.replaced` until then.
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
@@ -1848,7 +1848,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 metrics = _Record.from_metadata(metadata).metrics
             self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics
         self._known = {path: known for path, known in self._known.items() if path in steps.values()}
-        return [(step, self._known[path][0], self._judged(self._known[path][1])) for step, path in sorted(steps.items())]
+        known = {step: self._known[path] for step, path in sorted(steps.items())}
+        return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
 
     def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
         """The metrics that retention judges a step by. A best_fn of the user's is not asked about none."""
