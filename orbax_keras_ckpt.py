@@ -42,8 +42,8 @@ On disk, for the newest step 2, readable with plain Orbax:
     /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
-Further folders only where there is something in them: `stateful` (arrays of such objects), `assets` (vocabularies),
-`metrics` (with `monitor`). With several processes, `default` has a file `orbax_keras_ckpt.process_<n>` of each.
+One further folder, `run`, holds what is no variable and not small: arrays of `stateful` objects, vocabularies, and
+with several processes the states of each. A snapshot that is being replaced is `<step>.replaced` until then.
 
 Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
@@ -68,14 +68,12 @@ import inspect
 import io
 import itertools
 import json
-import logging
 import math
 import numbers
 import pathlib
 import random
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -86,7 +84,7 @@ import warnings
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,13 +121,10 @@ class CheckpointCorruptError(CheckpointError, OSError):
 
 # ---------------------------------------------------------------------------------------------- record
 
-_FORMAT = 3
+_FORMAT = 1
 _RECORD_KEY = "orbax_keras_ckpt"
-_COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
-_REPLACED = "replaced.orbax-keras-ckpt"  # where a checkpoint waits for its successor; a name that Orbax ignores
-_WRITER = "orbax_keras_ckpt.writer"  # beside arrays that are being written: who does that
-_PART = "orbax_keras_ckpt.process_{}"  # beside the arrays, where there are several processes: see _Record.processes
 _GROUPS = ("trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables")
+_WEIGHTS = _GROUPS[:2]
 
 
 class _Spec(NamedTuple):
@@ -141,7 +136,7 @@ class _Spec(NamedTuple):
 
 
 class _Position(NamedTuple):
-    """Where in the run a checkpoint stands: `batch` batches into `epoch`, both counted from 0.
+    """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0.
 
     `batches` is the number of train batches that the run has completed, None if it is not known.
     """
@@ -267,11 +262,11 @@ def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "crc32": zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
 
 
-def _unsealed(sealed: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _unsealed(sealed: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `_sealed`. ValueError if anything has changed."""
     fields = {key: value for key, value in sealed.items() if key != "crc32"}
     if sealed.get("crc32") != _sealed(fields)["crc32"]:
-        raise ValueError(f"{name} does not have the checksum that it was saved with")
+        raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
     return fields
 
 
@@ -279,24 +274,30 @@ def _unsealed(sealed: Mapping[str, Any], name: str) -> dict[str, Any]:
 class _Record:
     """What we note beside the arrays, as JSON in Orbax's custom metadata."""
 
+    save: str  # the id of this save, which its arrays carry too
     position: _Position
     variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
-    metrics: dict[str, float] | None = None
-    own: Any = None  # what belongs to one process, as _pack() makes it
-    stateful: list[str] | None = None  # the names of the stateful objects
-    num_batches: int | None = None  # of an epoch, if that is known
-    is_resumable: bool = False  # whether `fit` read resumable()
-    is_trained: bool = False  # whether all batches of the epoch are
-    unfinished: bool = False  # inside an epoch; its end may get the same number
-    stopped: int | None = None  # the `epochs` of a fit that a callback has stopped early
-    model: dict[str, Any] | None = None
-    versions: dict[str, str] = dataclasses.field(default_factory=dict)
-    has_arrays: bool = False  # in `own`
-    has_assets: bool = False  # of layers
-    monitor: list[str] | None = None  # what decides which checkpoint is best, and "min" or "max"
-    processes: int = 1  # with several, each has left its `own` in a file
+    metrics: dict[str, float]
+    monitor: list[str] | None  # what decides which checkpoint is best, and "min" or "max"
+    model: dict[str, Any]
+    versions: dict[str, str]
+    own: Any  # what belongs to the process, packed; or, where that is in the item "run":
+    run: list[int] | None  # the bytes of each process's archive there
+    # Of the callback: `stateful`, the names of these objects; `num_batches` of an epoch, if that is known;
+    # `is_resumable`, whether `fit` read resumable(); `is_trained`, whether all batches of the epoch are; `unfinished`,
+    # inside an epoch, whose end may get the same number; `stopped`, the `epochs` of a fit that a callback has stopped.
+    notes: dict[str, Any]
 
-    OWN = ("own",)
+    def __getattr__(self, name: str) -> Any:
+        """A note, or None."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.notes.get(name)
+
+    @property
+    def processes(self) -> int:
+        """How many have saved it. With several, each has left an archive."""
+        return len(self.run or [None])
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
@@ -308,13 +309,12 @@ class _Record:
         fields = (metadata.get("custom_metadata") or {}).get(_RECORD_KEY)
         if fields is None:
             return None
-        fields = _unsealed(fields, "our record in _CHECKPOINT_METADATA")
-        if (found := fields.get("format", 0)) > _FORMAT:
+        fields = _unsealed(fields)
+        if (found := fields.pop("format")) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
                 f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
             )
-        fields = {name: value for name, value in fields.items() if name in cls.__dataclass_fields__}
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
             group: [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
@@ -322,18 +322,10 @@ class _Record:
         }
         return cls(**fields)
 
-    def with_part(self, directory: epath.Path, process: int | None = None) -> "_Record":
-        """The record with what this process has saved; or process 0, if there were more or fewer processes then."""
-        if self.processes == 1:
-            return self
-        if process is None:
-            process = jax.process_index() if jax.process_count() == self.processes else 0
-        name = _PART.format(process)
-        return dataclasses.replace(self, **_unsealed(json.loads((directory / name).read_text()), name))
-
 
 # ----------------------------------------------------------------------------------------------- seams
 # Every private or version-dependent touch of Keras and Orbax. Each has a test that fails when it moves.
+
 
 _TESTED = "Keras 3.10 to 3.15"
 
@@ -465,10 +457,9 @@ def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bo
     return [swap._ema_weights_in_model for swap in swaps]
 
 
-def _steps_in(manager: ocp.CheckpointManager, directory: epath.Path) -> dict[int, epath.Path]:
-    """The committed steps in a directory and where they are, by the manager's way of naming them."""
-    found = manager._step_name_format.find_all(directory) if directory.exists() else ()
-    return {each.step: each.path for each in found}
+def _has_workers(fit: _Fit) -> bool:
+    """Whether Keras draws the batches of a PyDataset in other threads or processes."""
+    return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
 
 
 def _is_bucket(directory: epath.PathLike) -> bool:
@@ -476,36 +467,12 @@ def _is_bucket(directory: epath.PathLike) -> bool:
 
 
 def _uncached(bucket: epath.Path) -> epath.Path:
-    """A path in a bucket without gcsfs's memory of listings: TensorStore and other processes write there as well."""
+    """Disables gcsfs's cache of listings: TensorStore and other processes write there as well."""
     if hasattr(bucket._backend, "fs"):  # TensorFlow, where it is installed, reaches buckets without gcsfs
         files = bucket._backend.fs(bucket)
         files.dircache.use_listings_cache = False
         files.invalidate_cache()
     return bucket
-
-
-def _entries(directory: epath.Path) -> list[epath.Path]:
-    """What is in a directory. A bucket has no empty ones."""
-    try:
-        return list(directory.iterdir())
-    except FileNotFoundError:
-        if not _is_bucket(directory):
-            raise
-        return []
-
-
-def _files(directory: epath.Path) -> Iterator[epath.Path]:
-    """All files in a directory and below."""
-    for path in _entries(directory):
-        yield from _files(path) if path.is_dir() else [path]
-
-
-def _temporary_folders(directory: epath.Path) -> list[epath.Path]:
-    """Where Orbax writes what is not committed yet. In a bucket it does not rename: it adds a file in the end."""
-    if _is_bucket(directory):
-        folders = [path for path in _entries(directory) if (path / "_CHECKPOINT_METADATA").exists()]
-        return [path for path in folders if not (path / _COMMITTED).exists()]
-    return [path for path in directory.iterdir() if ".orbax-checkpoint-tmp" in path.name]
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:
@@ -518,9 +485,96 @@ def _move(path: epath.Path, target: epath.Path) -> None:
         path.rename(target)
 
 
-def _step_metadata(path: epath.Path) -> dict[str, Any]:
-    """What Orbax keeps beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
-    return json.loads((path / "_CHECKPOINT_METADATA").read_text())
+class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A step on its way: it gets its name when all of it is on the disk, which Orbax does not wait for."""
+
+    def finalize(self) -> Any:
+        if self._checkpoint_metadata_store is None:  # an item inside a step
+            return super().finalize()
+        final, self._final_path = self._final_path, self._tmp_path.parent / f"{self._tmp_path.name}-written"
+        self._final_path.rmtree(missing_ok=True)  # of a save that was killed
+        done = super().finalize()  # a coroutine since Orbax 0.11.2x
+        return self._name_later(done, final) if inspect.isawaitable(done) else self._name(final)
+
+    async def _name_later(self, done: Awaitable[None], final: epath.Path) -> None:
+        await done
+        self._name(final)
+
+    def _name(self, final: epath.Path) -> None:
+        written, self._final_path = self._final_path, final
+        _flush(written)
+        written.rename(final)
+        _flush(final.parent, recursive=False)
+
+
+class _Deleter:
+    """Orbax's deleter of old steps, with a tidy directory after each commit.
+
+    What marks a step as committed goes first, so a deletion that is killed leaves no step behind. The new step is
+    committed by then: what fails here is noted, and fails no save.
+    """
+
+    def __init__(self, deleter: Any, mark: Callable[[int], None], tidy: Callable[[], None]):
+        self._deleter, self._mark, self._tidy = deleter, mark, tidy
+        self.failures = []
+
+    def delete(self, step: int) -> None:
+        self._mark(step)
+        self._deleter.delete(step)
+
+    def delete_steps(self, steps: Sequence[int]) -> None:
+        for work in [*(functools.partial(self.delete, step) for step in steps), self._tidy]:
+            try:
+                work()
+            except OSError as error:
+                self.failures.append(str(error))
+
+    def close(self) -> None:
+        self._deleter.close()
+
+
+class _Hooked(ocp.CheckpointManager):
+    """Orbax's manager, with what it knows of the directory, its deletions and its failures in our hands."""
+
+    def _watch_deletions(self) -> None:
+        self._checkpoint_deleter = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
+
+    def _deletion_failures(self) -> list[str]:
+        failures, self._checkpoint_deleter.failures = self._checkpoint_deleter.failures, []
+        return failures
+
+    def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
+        # Orbax's own would die of one bad byte in any step, and globs inside a path that may hold brackets.
+        return [ocp.checkpoint_manager.CheckpointInfo(*each) for each in self._known_steps()]
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:  # in the background: others may be waiting for this process
+            self._commit_failed(error)
+            raise
+
+    def _settle(self) -> None:
+        """Waits for the rest of a failed save. Of several errors, Orbax would raise others at the next save."""
+        with contextlib.suppress(Exception):
+            super()._wait_for_checkpointers()
+
+
+def _before_threads_stop(function: Callable[[], None]) -> None:
+    """Calls a function when the script has ended, before Python stops thread pools, of which a commit needs some."""
+    threading._register_atexit(function)  # atexit runs after that
+
+
+def _layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The model and all layers in it, outer ones first; in the same order for two models of one config."""
+    return model._flatten_layers()
+
+
+def _automatic_name(cls: type) -> str:
+    """What Keras calls an object of a class, before it adds a number."""
+    from keras.src.utils import naming
+
+    return naming.to_snake_case(cls.__name__)
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
@@ -581,11 +635,6 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     return "min" if name == "loss" else None
 
 
-def _x64() -> contextlib.AbstractContextManager:
-    """JAX with 64-bit numbers, while it lasts."""
-    return jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64()  # since JAX 0.8
-
-
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
     """The file `_sharding`, by which plain Orbax restores without being told how."""
     kinds = {
@@ -597,28 +646,11 @@ def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
     return json.dumps({base64.urlsafe_b64encode(name.encode()).decode(): each for name, each in known.items()})
 
 
-def _array_metadata_store() -> Any:
-    """What writes Orbax's files about arrays."""
-    return ocp.type_handlers.get_type_handler(jax.Array)._array_metadata_store
-
-
 async def _created(info: Any) -> epath.Path:
     """The directory that a handler of Orbax is to write to; since 0.11.2x it is being made meanwhile."""
     if hasattr(info, "await_path_creation"):
         await info.await_path_creation()
     return info.parent_dir
-
-
-def _tree_paths(directory: epath.Path) -> list[str]:
-    """Where there are arrays in a tree of Orbax."""
-    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
-    leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
-    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
-
-
-def _has_workers(fit: _Fit) -> bool:
-    """Whether Keras draws the batches of a PyDataset in other threads or processes."""
-    return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
 
 
 def _jax_owns_sigterm() -> bool:
@@ -638,16 +670,18 @@ _GATHERINGS = itertools.count()
 _PATIENCE_MS = 3_600_000  # for the slowest process; when one has died, JAX ends the others long before
 
 
-def _gather(value: Any) -> list[Any]:
-    """`value`, of JSON, of every process. All have to call it."""
+def _gather(value: Any, name: str | None = None) -> list[Any]:
+    """`value`, of JSON, of every process. All have to call it, in one order or by a common name."""
     if jax.process_count() == 1:
         return [value]
     # Not by a collective: on a CPU, JAX may run two of them in another order in each process.
-    client, number, process = _jax_client(), next(_GATHERINGS), jax.process_index()
-    client.key_value_set(f"{__name__}/{number}/{process}", json.dumps(value))  # there may be other copies of this file
-    keys = [f"{__name__}/{number}/{each}" for each in range(jax.process_count())]
+    client, process, number = _jax_client(), jax.process_index(), next(_GATHERINGS) if name is None else -1
+    place = f"{__name__}/{number if name is None else name}"  # there may be other copies of this file
+    client.key_value_set(f"{place}/{process}", json.dumps(value))
+    keys = [f"{place}/{each}" for each in range(jax.process_count())]
     values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
-    client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # which all have read who are here
+    if number > 0:
+        client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # which all have read who are here
     return values
 
 
@@ -670,6 +704,30 @@ def _agreed() -> Iterator[None]:
         raise kinds[worst](f"Process {outcomes.index([worst, text])}: {text}") from error
 
 
+class _Meetings:
+    """Where the processes meet during a save, in the background. When one has failed, the others need not wait."""
+
+    _PLACES = ("async_write_complete", "async_commit_complete")  # what Orbax calls the two on the way to a commit
+
+    def __init__(self):
+        self.save, self._counts = "", collections.Counter()
+
+    def __call__(self, *, key: str, timeout_ms: int) -> None:
+        """Orbax's `barrier_sync_fn`."""
+        place = next((place for place in self._PLACES if place in key), key)
+        self._counts[self.save, place] += 1
+        for process, failure in enumerate(_gather(None, f"{self.save}/{place}/{self._counts[self.save, place]}")):
+            if failure is not None:
+                raise CheckpointError(f"process {process} has failed: {failure}")
+
+    def give_up(self, error: BaseException) -> None:
+        """Says that this process will not come."""
+        for place in self._PLACES if jax.process_count() > 1 else ():
+            with contextlib.suppress(Exception):  # where it has been already
+                key = f"{__name__}/{self.save}/{place}/1/{jax.process_index()}"
+                _jax_client().key_value_set(key, json.dumps(f"{type(error).__name__}: {error}"))
+
+
 def _warn(message: str, stacklevel: int) -> None:
     if jax.process_index() == 0:
         warnings.warn(message, stacklevel=stacklevel + 1)
@@ -677,7 +735,7 @@ def _warn(message: str, stacklevel: int) -> None:
 
 # ------------------------------------------------------------------------------------------- variables
 
-_AUTOMATIC_SUFFIX = re.compile(r"_(\d+)$")
+_NUMBER = re.compile(r"_(\d+)$")
 _nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a": {"b": 1}}
 
 
@@ -689,7 +747,7 @@ def _variables(
         raise ValueError(
             f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
         )
-    groups = {name: list(getattr(model, name)) for name in _GROUPS[:2]}
+    groups = {name: list(getattr(model, name)) for name in _WEIGHTS}
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
             raise ValueError(
@@ -707,65 +765,73 @@ def _variables(
 
 
 def _check_paths(groups: Mapping[str, list[str]]) -> None:
-    """Raises if two variables would lie on the same place of the tree, or of all weights, which are paired as one."""
+    """Raises if two variables would lie on the same place of the tree or share a name on disk, where "/" is "."."""
     paths = itertools.chain(*groups.values())
     folders = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
+    weights = collections.Counter(_array_name("", path) for group in _WEIGHTS for path in groups.get(group, ()))
     for group, members in groups.items():
-        for path, count in collections.Counter(members).items():
-            if count > 1 or path in folders:
+        counts = weights if group in _WEIGHTS else collections.Counter(_array_name("", path) for path in members)
+        for path in members:
+            if counts[_array_name("", path)] > 1 or path in folders:
                 raise ValueError(
-                    f"Two of the model's {group} have the path {path!r}, so a checkpoint could not tell them apart. "
-                    "Give the layers that they belong to different names (name=...)."
+                    f"Two of the model's {group} have the path {path!r}, or one that differs only in '.' and '/': a "
+                    "checkpoint could not tell them apart. Give their layers different names (name=...)."
                 )
-
-
-def _specs(variables: Mapping[str, Mapping[str, keras.Variable]]) -> dict[str, list[_Spec]]:
-    return {
-        group: [_Spec(path, tuple(variable.shape), str(variable.dtype)) for path, variable in members.items()]
-        for group, members in variables.items()
-    }
 
 
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
     return tuple([variable.value for variable in members] for members in variables)
 
 
-def _items(
-    variables: Mapping[str, Mapping[str, keras.Variable]],
-    values: Iterable[list[jax.Array]],
-    arrays: Sequence[np.ndarray],
-    assets: bytes,
-) -> dict[str, ocp.args.PyTreeSave]:
-    """What Orbax is to save: the state tree with these values, and what there is of stateful objects and of assets."""
-    # Orbax refuses arrays without elements; the record says all there is to say about them.
-    tree = {
-        group: _nest({path: value for path, value in zip(members, leaves) if value.size})
+def _specs(
+    variables: Mapping[str, Mapping[str, keras.Variable]], values: Iterable[list[jax.Array]]
+) -> dict[str, list[_Spec]]:
+    # A variable may claim to be float64 where JAX has only 32 bits: what counts is its value.
+    return {
+        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in zip(members, leaves)]
         for (group, members), leaves in zip(variables.items(), values)
     }
-    items = {"default": ocp.args.PyTreeSave(tree)}
-    if arrays:
-        with _x64():
-            copies = jax.device_put(list(arrays), jax.local_devices(backend="cpu")[0])
-        items["stateful"] = ocp.args.PyTreeSave({f"{i:04}": array for i, array in enumerate(copies)})
-    if assets:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()), "all")  # one array of all processes, which the first writes
-        whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        data = np.frombuffer(assets, np.uint8)
-        array = jax.make_array_from_callback(data.shape, whole, data.__getitem__)
-        items["assets"] = ocp.args.PyTreeSave({"zip": array})
-    return items
 
 
-def _pair_names(live: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
-    """{live: saved} of sibling names: the same, or the same but for the number at the end, in order of the numbers."""
+def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Array]]) -> dict[str, Any]:
+    """The state tree with these values. Orbax refuses arrays without elements; the record says all of them."""
+    return {
+        group: _nest({path: value for path, value in zip(paths, leaves) if value.size})
+        for (group, paths), leaves in zip(variables.items(), values)
+    }
+
+
+def _array_name(group: str, path: str) -> str:
+    """What an array is called on disk."""
+    return f"{group}/{path}".replace("/", ".")
+
+
+def _arrays_of(variables: Mapping[str, list[_Spec]]) -> dict[str, _Spec]:
+    """The arrays on disk, by name."""
+    named = {_array_name(group, spec.path): spec for group, members in variables.items() for spec in members}
+    return {name: spec for name, spec in named.items() if math.prod(spec.shape)}
+
+
+def _automatic_names(model: keras.Model) -> set[str]:
+    """The names, without numbers, that Keras has made up for parts of a model."""
+    optimizer = getattr(model, "optimizer", None)
+    members = [*_layers(model), *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
+    stems = {"seed_generator", "variable"}
+    for member in members:
+        stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
+        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # those of Bidirectional
+    return stems
+
+
+def _pair_names(live: Iterable[str], saved: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
+    """{live: saved} of sibling names: the same, or automatic ones that differ in their numbers, in order of these."""
 
     def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-        stems = {}
+        stems = collections.defaultdict(list)
         for name in names:
-            number = _AUTOMATIC_SUFFIX.search(name)
-            stems.setdefault(name[: number.start()] if number else name, []).append(
-                (int(number[1]) if number else 0, name)
-            )
+            number = _NUMBER.search(name)
+            stem = name[: number.start()] if number else name
+            stems[stem if stem in automatic else name].append((int(number[1]) if number else 0, name))
         return {stem: [name for _, name in sorted(group)] for stem, group in stems.items()}
 
     pairs, saved = {}, by_stem(saved)
@@ -779,32 +845,22 @@ def _pair_names(live: Iterable[str], saved: Iterable[str]) -> dict[str, str]:
     return pairs
 
 
-def _pair_paths(live: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, str]:
+def _pair_paths(live: Mapping[str, Any], saved: Mapping[str, Any], automatic: Iterable[str]) -> dict[str, str]:
     """{live path: saved path} of two nested trees, level by level."""
     pairs = {}
-    for name, other in _pair_names(live, saved).items():
+    for name, other in _pair_names(live, saved, automatic).items():
         below, below_other = live[name], saved[other]
         if isinstance(below, dict) and isinstance(below_other, dict):
-            pairs |= {f"{name}/{key}": f"{other}/{value}" for key, value in _pair_paths(below, below_other).items()}
+            inner = _pair_paths(below, below_other, automatic)
+            pairs |= {f"{name}/{key}": f"{other}/{value}" for key, value in inner.items()}
         elif not isinstance(below, dict) and not isinstance(below_other, dict):
             pairs[name] = other
     return pairs
 
 
-def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]]) -> dict[str, dict[str, str]]:
-    """{group: {live path: saved path}}. The optimizer's names contain the model's, so they follow those."""
-    weights = _GROUPS[:2]  # paired as one: a layer may have been frozen in between
-    live_paths, saved_paths = (
-        {group: [spec.path for spec in specs.get(group, [])] for group in _GROUPS} for specs in (live, saved)
-    )
-    pairs = _pair_paths(
-        *(_nest({path: path for group in weights for path in paths[group]}) for paths in (live_paths, saved_paths))
-    )
-    result = {}
-    for group in weights:
-        here = set(saved_paths[group])
-        result[group] = {path: pairs[path] for path in live_paths[group] if pairs.get(path) in here}
-    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in pairs.items()}
+def _pair_optimizer(live: Iterable[str], saved: Iterable[str], weights: Mapping[str, str], automatic: Any) -> dict:
+    """{live path: saved path} of the optimizer's variables, whose names contain those of the weights."""
+    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
 
     def renamed(path: str) -> str:
         folder, _, name = path.rpartition("/")
@@ -813,21 +869,23 @@ def _pair_variables(live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_S
                 return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
         return path
 
-    originals = {renamed(path): path for path in live_paths[_GROUPS[2]]}
-    pairs = _pair_paths(*(_nest({path: path for path in paths}) for paths in (originals, saved_paths[_GROUPS[2]])))
-    result[_GROUPS[2]] = {originals[path]: other for path, other in pairs.items()}
-    result[_GROUPS[3]] = {path: path for path in live_paths[_GROUPS[3]]}
-    return result
+    originals = {renamed(path): path for path in live}
+    pairs = _pair_paths(*(_nest({path: path for path in paths}) for paths in (originals, saved)), automatic)
+    return {originals[path]: other for path, other in pairs.items()}
 
 
-def _array_name(group: str, path: str) -> str:
-    """What an array is called on disk."""
-    return f"{group}/{path}".replace("/", ".")
-
-
-def _check_array(name: str, array: Any, spec: _Spec) -> None:
-    if (tuple(array.shape), array.dtype.name) != spec[1:]:
-        raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
+def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
+    """{(group, path) of live variables: (group, path) of saved ones}. Weights may have changed their group: such a
+    layer was frozen or thawed in between."""
+    groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
+    trees = ({spec.path: spec.path for group in _WEIGHTS for spec in specs.get(group, [])} for specs in (live, saved))
+    weights = _pair_paths(*map(_nest, trees), automatic)
+    here, there = ([spec.path for spec in specs.get(_GROUPS[2], [])] for specs in (live, saved))
+    others = _pair_optimizer(here, there, weights, automatic)
+    pairs = {(group, s.path): weights.get(s.path) for group in _WEIGHTS for s in live.get(group, [])}
+    pairs = {key: (groups[other], other) for key, other in pairs.items() if other is not None}
+    pairs |= {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in others.items()}
+    return pairs | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
@@ -875,29 +933,32 @@ class _Source(NamedTuple):
 
 
 def _compare(
-    variables: Mapping[str, Mapping[str, keras.Variable]], saved: Mapping[str, list[_Spec]], strict: bool
+    variables: Mapping[str, Mapping[str, keras.Variable]],
+    saved: Mapping[str, list[_Spec]],
+    strict: bool,
+    automatic: Iterable[str],
 ) -> tuple[list[_Source], list[str]]:
     """What to restore from where, and every difference in words. Not `strict`, another dtype is none."""
-    live = _specs(variables)
-    pairs = _pair_variables(live, saved)
+    live = _specs(variables, _values(members.values() for members in variables.values()))
+    pairs = _pair_variables(live, saved, automatic)
+    places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
+    taken = set(pairs.values())
+    unexpected = [place for place in places if place not in taken]
     sources, differences = [], []
-    for group, members in variables.items():
-        by_path = {spec.path: spec for spec in saved.get(group, [])}
-        unexpected = by_path.keys() - pairs[group].values()
-        for variable, spec in zip(members.values(), live[group]):
-            other = by_path.get(pairs[group].get(spec.path))
-            if other is None:
-                alike = [path for path in unexpected if by_path[path].shape == spec.shape]
-                near = difflib.get_close_matches(spec.path, alike, n=1)
-                hint = f", where {near[0]!r} comes nearest" if near else ""
-                differences.append(f"{group}: {spec.path!r} is in the model but not in the checkpoint{hint}")
-            elif other.shape != spec.shape:
-                differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {spec.shape}")
-            elif strict and other.dtype != spec.dtype:
-                differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
-            else:
-                sources.append(_Source(_array_name(group, other.path), variable, other))
-        differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for path in sorted(unexpected)]
+    for group, path, spec in ((group, spec.path, spec) for group, specs in live.items() for spec in specs):
+        other = places.get(place := pairs.get((group, path)))
+        if other is None:
+            alike = [name for where, name in unexpected if where == group and places[where, name].shape == spec.shape]
+            near = difflib.get_close_matches(path, alike, n=1)
+            hint = f", where {near[0]!r} comes nearest" if near else ""
+            differences.append(f"{group}: {path!r} is in the model but not in the checkpoint{hint}")
+        elif other.shape != spec.shape:
+            differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {spec.shape}")
+        elif strict and other.dtype != spec.dtype:
+            differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
+        else:
+            sources.append(_Source(_array_name(*place), variables[group][path], other))
+    differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
     return sources, differences
 
 
@@ -1193,14 +1254,19 @@ def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], probl
 
 
 # ---------------------------------------------------------------------------------------------- arrays
-# On disk they are as Orbax writes them, with a checksum (CRC-32C) of each chunk. Orbax's own way there takes 0.9 ms of
-# Python for each array, and 1.2 ms back; straight to TensorStore, on which it stands, these are 0.1 ms.
+# On disk they are as Orbax writes them, with a checksum (CRC-32C) of each chunk and the id of the save. Orbax's own way
+# there takes 0.9 ms of Python for each array, and 1.2 ms back; straight to TensorStore, on which it stands, 0.1 ms.
 
 # Measured on two cores. Chunks are read in parallel, files are written in parallel.
 _CHUNK_BYTES = 4 * 2**20
 _FILE_BYTES = 64 * 2**20
 _WRITING_BYTES = 4 * _FILE_BYTES  # encoded and not on disk yet
 _READERS = 4  # arrays at a time
+_WRITING = {
+    "target_data_file_size": _FILE_BYTES,
+    "assume_config": True,
+    "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"},
+}
 
 
 def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
@@ -1209,6 +1275,10 @@ def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     if _is_bucket(directory):  # as a URL it would be unquoted
         base = dict(zip(("driver", "bucket", "path"), ("gcs", *base["path"].removeprefix("gs://").split("/", 1))))
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
+
+
+def _context() -> ts.Context:
+    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
 
 
 def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
@@ -1223,28 +1293,14 @@ def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
     return tuple(chunk)
 
 
-@functools.cache
-def _writer() -> dict[str, Any]:
-    """This process. In containers, each may have the same number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
-
-
-class _ArrayMetadata(NamedTuple):
-    """What Orbax notes of each array in `array_metadatas`."""
-
-    param_name: str
-    write_shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    ext_metadata: None = None
-
-
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     """Writes the arrays of a tree."""
 
-    def __init__(self, compression: bool):
-        super().__init__(array_metadata_store=_array_metadata_store())
+    def __init__(self, compression: bool = False):
+        super().__init__(array_metadata_store=None)
         zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compression else []
-        self.part = None  # what this process saves beside the arrays, where there are several
+        self.save = ""  # the id of the save that is about to begin
+        self.expected = None  # the arrays to find at its end, if that is to be checked
         self._codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
 
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
@@ -1254,19 +1310,25 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             shard.data.copy_to_host_async()
         # On the CPU these are views. JAX leaves memory alone that numpy refers to, although the array is donated.
         parts = [[(shard.index, np.asarray(shard.data)) for shard in shards] for shards in parts]
-        described = {
-            info.name: (array.dtype.name, array.shape, _chunk_shape(array)) for info, array in zip(infos, values)
+        arrays = {
+            info.name: self._array(array.dtype.name, array.shape, _chunk_shape(array))
+            for info, array in zip(infos, values)
         }
         shardings = {info.name: array.sharding for info, array in zip(infos, values)}
-        writing = self._write(infos[0], described, shardings, parts, self.part)
+        writing = self._write(infos[0], arrays, shardings, parts)
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="arrays")]
 
-    async def _write(self, info: Any, described: dict, shardings: dict, parts: list, part: dict | None) -> None:
+    def _array(self, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+        metadata = {"shape": shape, "chunk_grid": grid, "codecs": self._codecs, "attributes": {"save": self.save}}
+        # What equals the fill value is stored as well, so that what is missing is damage.
+        return {"driver": "zarr3", "dtype": dtype, "metadata": metadata, "store_data_equal_to_fill_value": True}
+
+    async def _write(self, info: Any, arrays: dict, shardings: dict, parts: list) -> None:
         directory, process = await _created(info), jax.process_index()
-        if process == 0:
-            (directory / _WRITER).write_text(json.dumps(_writer()))
-        base = directory / f"ocdbt.process_{process}"
-        specs = [self._spec(base, name, *each) for name, each in described.items()]
+        # Each process writes a database of its own, which are merged in the end. One alone needs no other.
+        base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
+        specs = [array | {"kvstore": _kvstore(base, name) | _WRITING} for name, array in arrays.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
         writing, free = collections.deque(), _WRITING_BYTES
         for store, shards in zip(stores, parts):
@@ -1280,43 +1342,68 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
                 free -= values.nbytes
         for _, write in writing:
             write.result()
-        notes = [_ArrayMetadata(name, chunk, chunk) for name, (_, _, chunk) in described.items()]
-        await self._array_metadata_store.write(directory, notes, process)
-        if part is not None:
-            (directory / _PART.format(process)).write_text(json.dumps(_sealed(part)))
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
-            (directory / _WRITER).unlink()
 
-    def _spec(self, base: epath.Path, name: str, dtype: str, shape: tuple, chunk: tuple) -> dict[str, Any]:
-        config = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"}
-        options = {"target_data_file_size": _FILE_BYTES, "assume_config": True, "config": config}
-        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-        return {
-            "driver": "zarr3",
-            "kvstore": _kvstore(base, name) | options,
-            "dtype": dtype,
-            "metadata": {"shape": shape, "chunk_grid": grid, "codecs": self._codecs},
-            "store_data_equal_to_fill_value": True,  # so that what is missing is damage
-        }
+    def finalize(self, directory: epath.Path) -> None:
+        """Merges what several processes have written, and opens what a run writes first, before it is committed."""
+        parts = sorted(path.name for path in _entries(directory) if path.name.startswith("ocdbt.process_"))
+        if parts:
+            places, transaction = [directory, *(directory / part for part in parts)], ts.Transaction(atomic=True)
+            context = _context()  # a common one, without which TensorStore does not copy
+            opening = [ts.KvStore.open(_kvstore(place, "") | _WRITING, context=context) for place in places]
+            target, *sources = [store.result() for store in opening]
+            for source in sources:
+                source.experimental_copy_range_to(target.with_transaction(transaction)).result()
+            transaction.commit_sync()
+        if self.expected is not None:
+            _check_arrays(directory, self.expected, self.save)
 
 
 def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of trees, with our way to write arrays."""
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
+    handler.finalize = arrays.finalize  # of a class of its own, Orbax would note the name, and no other tool read it
+    return handler
 
 
-def _open_arrays(directory: epath.Path, names: Iterable[str]) -> list[ts.TensorStore]:
-    """Arrays that Orbax or we have written."""
-    driver = "zarr3" if json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
-    context = ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
+def _open_arrays(directory: epath.Path, names: Iterable[str], save: str | None) -> dict[str, ts.TensorStore]:
+    """Arrays by name, that we have written in a save of that id, or that Orbax has."""
+    driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
+    context = _context()
     spec = {"driver": driver, "fill_missing_data_reads": False}
-    specs = [spec | {"kvstore": _kvstore(directory, name)} for name in names]
-    return [store.result() for store in [ts.open(spec, open=True, read=True, context=context) for spec in specs]]
+    specs = {name: spec | {"kvstore": _kvstore(directory, name)} for name in names}
+    opening = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
+    stores = {name: store.result() for name, store in opening.items()}
+    for name, store in stores.items() if save else ():
+        if store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
+            raise ValueError(f"{name!r} was not written by the save that the record is of: files of two are mixed")
+    return stores
 
 
-def _read_arrays(directory: epath.Path, shardings: Mapping[str, jax.sharding.Sharding]) -> list[jax.Array]:
+def _check_array(name: str, array: Any, spec: _Spec) -> None:
+    if (tuple(array.shape), array.dtype.name) != spec[1:]:
+        raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
+
+
+def _check_arrays(directory: epath.Path, expected: Mapping[str, _Spec], save: str | None) -> list[ts.TensorStore]:
+    """The arrays that there should be, opened. ValueError where they are not there as expected, and no others."""
+    stores = _open_arrays(directory, expected, save)
+    for name, store in stores.items():
+        _check_array(name, store, expected[name])
+    _check_tree(directory, expected)
+    return list(stores.values())
+
+
+def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
+    if sorted(path.replace("/", ".") for path in _tree_paths(directory)) != sorted(expected):
+        raise ValueError("_METADATA does not list the arrays that were saved")
+
+
+def _read_arrays(
+    directory: epath.Path, shardings: Mapping[str, jax.sharding.Sharding], save: str | None = None
+) -> list[jax.Array]:
     """Arrays by name, straight into their shardings. ValueError where a checksum differs."""
 
     def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -1326,62 +1413,447 @@ def _read_arrays(directory: epath.Path, shardings: Mapping[str, jax.sharding.Sha
         )
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, _open_arrays(directory, shardings), shardings.values()))
+        return list(pool.map(read, _open_arrays(directory, shardings, save).values(), shardings.values()))
 
 
-def _open_all(directory: epath.Path) -> list[ts.TensorStore]:
-    """All arrays of a tree without folders, by the order of their names."""
-    return _open_arrays(directory, sorted(_tree_paths(directory)))
+# What belongs to the processes rather than to the model, where it is not small: the item "run" has one row of bytes for
+# each process, a zip archive of value.json and the arrays to which that refers, and in the first also the assets.
+
+_SMALL_BYTES_OF_JSON = 2**16
 
 
-def _read_all(directory: epath.Path) -> list[np.ndarray]:
-    return [store.read().result() for store in _open_all(directory)]
+def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, bytes]) -> np.ndarray:
+    """The row of this process."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        archive.writestr("value.json", json.dumps(packed))
+        for number, array in enumerate(arrays):
+            archive.writestr(f"arrays/{number}", memoryview(array))
+        for name, content in assets.items():
+            archive.writestr(f"assets/{name}", content)
+    return np.frombuffer(target.getbuffer(), np.uint8)
+
+
+def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
+    """The rows of all processes as one array, and their lengths without what fills them up."""
+    lengths = _gather(len(row))
+    row = np.pad(row, (0, max(lengths) - len(row)))[None] if len(row) < max(lengths) else row[None]
+    if jax.process_count() == 1:
+        return jax.device_put(row, jax.local_devices(backend="cpu")[0]), lengths
+    first = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = jax.sharding.Mesh([first[process] for process in sorted(first)], "process")
+    by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
+    return jax.make_array_from_process_local_data(by_row, row), lengths
+
+
+def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfile.ZipFile | None:
+    """What a process has left in a step, None if there is nothing. ValueError where it is damaged."""
+    if record.run is None:
+        return None
+    store = _open_arrays(path / "run", ["rows"], record.save)["rows"]
+    row = store[process, : record.run[process]].read().result()
+    return zipfile.ZipFile(io.BytesIO(row))
+
+
+def _read_own(path: epath.Path, record: _Record) -> Any:
+    """What this process has saved for itself; process 0, where there were more processes or fewer."""
+    if record.run is None:
+        return _unpack(record.own)
+    archive = _read_archive(path, record, jax.process_index() if jax.process_count() == record.processes else 0)
+    count = sum(name.startswith("arrays/") for name in archive.namelist())
+    arrays = [np.frombuffer(archive.read(f"arrays/{number}"), np.uint8) for number in range(count)]
+    return _unpack(json.loads(archive.read("value.json")), arrays)
+
+
+# --------------------------------------------------------------------------------- reading a directory
+# Everything here is a function of the directory as it is now. While others write to it, a step may vanish at any time;
+# what marks it as committed goes first.
+
+_METADATA = "_CHECKPOINT_METADATA"
+_COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
+_REPLACED, _DAMAGED = ".replaced", ".damaged"
+_STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
+_TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
+
+
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    """What is in a directory. A bucket has no empty ones."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        if not _is_bucket(directory):
+            raise
+        return []
+
+
+def _files(directory: epath.Path) -> Iterator[epath.Path]:
+    """All files in a directory and below."""
+    for path in _entries(directory):
+        yield from _files(path) if path.is_dir() else [path]
+
+
+def _is_committed(path: epath.Path) -> bool:
+    return (path / (_COMMITTED if _is_bucket(path) else _METADATA)).exists()
+
+
+def _unmark(path: epath.Path) -> None:
+    """Makes a step one no more, in one go: what is left of it is in nobody's way."""
+    for name in (_COMMITTED, _METADATA):
+        (path / name).unlink(missing_ok=True)
+
+
+def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
+    """Folders by step: committed ones, ones without metadata, and ones that are being replaced."""
+    found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
+    committed = {path for path, _ in found if _is_committed(path)}
+    if prefix is ...:  # whatever there is: plain numbers first
+        prefixes = {match["prefix"] for path, match in found if path in committed}
+        prefix = None if None in prefixes else min(prefixes, default=None)
+    steps, bare, replaced = {}, {}, {}
+    for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
+        kind = replaced if match["aside"] else steps if path in committed else bare
+        if path in committed or path.is_dir():
+            kind[int(match["step"])] = path
+    return steps, bare, replaced
+
+
+def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
+    """The steps in a directory, by any prefix if none is given, and where they are.
+
+    A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
+    step, but below a committed one it is the rest of a deletion.
+    """
+    steps, bare, replaced = _folders(directory, prefix)
+    newest = max(steps, default=-1)
+    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
+    return damaged | replaced | steps
+
+
+def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
+    """Folders of steps that are not committed. In a bucket, Orbax does not rename: it adds a file in the end."""
+    found = [(path, match) for path in _entries(directory) if (match := _TEMPORARY.fullmatch(path.name))]
+    temporary = [(int(match["step"]), path) for path, match in found if match["prefix"] == prefix]
+    return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
+
+
+def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
+    """What killed saves and deletions have left at or below the newest step, and what has been replaced."""
+    steps, bare, replaced = _folders(directory, prefix)
+    for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
+        if step <= max(steps, default=-1):
+            path.rmtree(missing_ok=True)
+
+
+def _set_aside(path: epath.Path, ending: str) -> str:
+    """Renames a step, so that its number is free; the new name."""
+    names = itertools.chain([f"{path.name}{ending}"], (f"{path.name}{ending}-{n}" for n in itertools.count(2)))
+    name = next(name for name in names if not (path.parent / name).exists())
+    _move(path, path.parent / name)
+    if not _is_bucket(path):
+        _flush(path.parent, recursive=False)
+    return name
+
+
+def _flush(folder: epath.Path, recursive: bool = True) -> None:
+    """Waits until a folder, and all that is in it, is on the disk."""
+    for path in _entries(folder) if recursive else ():
+        _flush(path, path.is_dir())
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# What TensorStore's errors begin with, when they are about what is stored and not about reaching it.
+_CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether an error in reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
+    status = re.match("([A-Z_]+): ", str(error))
+    if status and type(error) is ValueError:
+        return status[1] in _CONTENT
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError)
+    return isinstance(error, (*missing, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile))
+
+
+@contextlib.contextmanager
+def _reading(step: int, path: epath.Path) -> Iterator[None]:
+    """Converts errors about content to CheckpointCorruptError; those about the store become or stay OSErrors."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if _is_damage(error) and (_is_bucket(path) or path.parent.exists()):
+            text = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            raise CheckpointCorruptError(f"Step {step} in {path.parent} is damaged: {text}") from error
+        if type(error) is ValueError:  # of TensorStore
+            raise OSError(errno.EIO, f"Step {step} in {path.parent} cannot be read: {error}") from error
+        raise
+
+
+def _metadata(path: epath.Path) -> dict[str, Any]:
+    """What Orbax keeps beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
+    return json.loads((path / _METADATA).read_text())
+
+
+def _read_record(step: int, path: epath.Path) -> _Record | None:
+    """The record of a step, None where others wrote it. CheckpointCorruptError if it cannot be read."""
+    with _reading(step, path):
+        return _Record.from_metadata(_metadata(path))
+
+
+def _array_folder(path: epath.Path) -> epath.Path:
+    """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
+    return path / ("pytree" if (path / "pytree").exists() else "default")
+
+
+def _tree_paths(directory: epath.Path) -> list[str]:
+    """Where there are arrays in a tree of Orbax."""
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
+    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+
+
+def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
+    """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
+    paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
+    variables = {group: [] for group in _GROUPS[:3]}
+    for name, store in _open_arrays(directory, paths, None).items():
+        if {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
+            raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
+        group, _, rest = paths[name].partition("/")
+        if group in variables:
+            variables[group].append(_Spec(rest, store.shape, store.dtype.name))
+    return variables
+
+
+def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None) -> int | None:
+    """The step that is best by a metric and a direction: by default those that the newest record names."""
+    monitored = monitored or (records[max(records)].monitor if records else None)
+    if monitored is None:
+        return None
+    name, mode = monitored
+    values = {step: record.metrics.get(name, math.nan) for step, record in records.items()}
+    values = {step: value for step, value in values.items() if not math.isnan(value)}
+    return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.get, default=None)
+
+
+def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
+    """The records of steps, as far as they can be read and are ours."""
+    records = {}
+    for step, path in steps.items():
+        with contextlib.suppress(CheckpointError):
+            records[step] = _read_record(step, path)
+    return {step: record for step, record in records.items() if record is not None}
+
+
+def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]:
+    """All steps that there are, and where: the same on all processes."""
+    with _agreed():
+        steps = _steps(directory, prefix)
+    seen = _gather(sorted(steps))
+    if any(each != seen[0] for each in seen):
+        raise CheckpointError(
+            f"The processes see different steps in {directory}: {'; '.join(map(str, seen))}. Nothing was "
+            "changed. Give a directory that all processes share."
+        )
+    return steps
+
+
+class _Restored(NamedTuple):
+    step: int
+    record: _Record | None  # None where others wrote the checkpoint
+    own: Any  # what this process has saved for itself
+
+
+_VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
+
+
+@dataclasses.dataclass
+class _Restore:
+    """A restore from a directory: which steps, into which variables, and how.
+
+    `variables_for` a step, its record and its folder are given its values; what it raises is raised. With `sets_aside`,
+    steps that are found damaged are renamed.
+    """
+
+    directory: epath.Path
+    prefix: Any
+    model_of: Callable[[], keras.Model]
+    variables_for: _VariablesFor
+    strict: bool = True
+    donate: bool = False
+    own: bool = True
+    sets_aside: bool = False
+    monitored: Sequence[str] | None = None
+
+    def run(self, step: int | str | None) -> _Restored | None:
+        """The newest step that is intact, or that step. None where the directory is empty."""
+        steps, damaged = _steps_together(self.directory, self.prefix), {}
+        step = self._chosen(step, steps)
+        for candidate in sorted(steps, reverse=True) if step is None else [step]:
+            before = self._look(candidate)
+            try:
+                restored = self._one(candidate, steps[candidate])
+            except (CheckpointCorruptError, CheckpointMismatchError) as error:
+                is_damage = isinstance(error, CheckpointCorruptError)
+                if is_damage and any(_gather(self._look(candidate) != before)):
+                    return self.run(step)  # a run that goes on has deleted or replaced it meanwhile
+                if step is not None or not (is_damage or damaged):
+                    raise
+                damaged[candidate] = error  # a mismatch is no way out, when newer ones are damaged
+            else:
+                self._report([steps[each] for each in damaged], damaged.values(), candidate)
+                return restored
+        if not damaged:
+            return None
+        raise CheckpointCorruptError(
+            f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
+            + (", but the model's arrays have been freed" if self.donate else ", and the model is as it was")
+            + f":\n{_listing([str(error) for error in damaged.values()])}"
+        ) from next(iter(damaged.values()))
+
+    def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
+        if step == "best":
+            step = _gather(_best(_records(steps), self.monitored))[0]
+            if step is None:
+                raise CheckpointError(
+                    f"No checkpoint in {self.directory} is known as the best one: either there is none, or they were "
+                    "saved without monitor=..., or without that metric. Give the number of a step."
+                )
+        if step is not None and step not in steps:
+            raise FileNotFoundError(
+                f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
+            )
+        return step
+
+    def _look(self, step: int) -> Any:
+        """What tells a step from another one of its number."""
+        path = _steps(self.directory, self.prefix).get(step)
+        try:
+            return path and (path.name, (path / _METADATA).read_bytes().hex())
+        except OSError as error:
+            return path.name, error.errno
+
+    def _one(self, step: int, path: epath.Path) -> _Restored:
+        """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
+        with _agreed():
+            record = _read_record(step, path)
+            with _reading(step, path):
+                saved = record.variables if record else _foreign_variables(_array_folder(path))
+                if record:
+                    _check_tree(path / "default", _arrays_of(saved))
+            variables = self.variables_for(step, record, path)
+            sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
+            if differences and self.strict:
+                raise CheckpointMismatchError(
+                    f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
+                    "changed. Build the model as it was saved, use another directory, or restore with strict=False."
+                )
+        sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
+        shardings = {source.name: source.variable.value.sharding for source in sources}
+        for source in sources if self.donate else ():
+            source.variable.value.delete()
+        with _agreed(), _reading(step, path):
+            arrays = _read_arrays(_array_folder(path), shardings, record and record.save)
+            for source, array in zip(sources, arrays):
+                _check_array(source.name, array, source.saved)
+            own = _read_own(path, record) if self.own and record else None
+        if differences:
+            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=6)
+        for source, array in zip(sources, arrays):
+            source.variable.assign(array)
+        for layer in _layers(self.model_of()):  # Normalization, for one, computes with what it derives from variables
+            if hasattr(layer, "finalize_state") and layer.variables:
+                layer.finalize_state()
+        return _Restored(step, record, own)
+
+    def _report(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
+        """Warns of damaged steps, and sets them aside; nothing is deleted."""
+        if not paths:
+            return
+        with _agreed():
+            is_mine = self.sets_aside and jax.process_index() == 0
+            # Retention in another run may have deleted one meanwhile.
+            names = [_set_aside(path, _DAMAGED) for path in paths if is_mine and path.exists()]
+        aside = f" They are set aside as {', '.join(names)}." if names else ""
+        reasons = _listing([str(error) for error in errors])
+        _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=5)
+
+
+def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
+    """Reads all that there is of a step, with a progress bar. CheckpointCorruptError where something is damaged."""
+    with _reading(step, path):
+        folder, save = _array_folder(path), record and record.save
+        variables = record.variables if record else _foreign_variables(folder)
+        stores = _check_arrays(folder, _arrays_of(variables), save) if record else []
+        stores = stores or list(_open_arrays(folder, _arrays_of(variables), save).values())
+        progress = keras.utils.Progbar(len(stores), unit_name="array")
+        for store in stores:
+            store.read().result()
+            progress.add(1)
+        for process in range(len(record.run or ()) if record else 0):
+            if (name := _read_archive(path, record, process).testzip()) is not None:
+                raise ValueError(f"{name!r} in what process {process} has saved has another checksum")
 
 
 # ---------------------------------------------------------------------------------------------- models
 
 
-def _described(model: keras.Model) -> tuple[dict[str, Any], bytes]:
+def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
     """The model as Keras's JSON, and its assets; or why there is none."""
     try:
         with _serialization(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of lambdas: load_model() refuses them
             config, policy = map(keras.saving.serialize_keras_object, (model, model.dtype_policy))
-            return json.loads(json.dumps({**config, "dtype_policy": policy})), _saved_assets(model)
+            lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
+            config = {**config, "dtype_policy": policy, "lora": lora}  # which configs of layers around leave out
+            return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # any, from the user's own get_config(); saving goes on without
-        return {"error": f"{type(error).__name__}: {error}"}, b""
+        return {"error": f"{type(error).__name__}: {error}"}, {}
 
 
-def _saved_assets(model: keras.Model) -> bytes:
-    """The assets of a model, such as vocabularies, as a zip file. Empty if there are none."""
-    archive = io.BytesIO()
+def _lora(layer: keras.layers.Layer) -> list[Any]:
+    """Rank and alpha of the LoRA of a layer, if that was enabled."""
+    enabled = getattr(layer, "lora_enabled", False) and hasattr(layer, "enable_lora")
+    return [layer.lora_rank, getattr(layer, "lora_alpha", layer.lora_rank)] if enabled else []
+
+
+def _saved_assets(model: keras.Model) -> dict[str, bytes]:
+    """The assets of a model, such as vocabularies: the contents of files by name."""
     with tempfile.TemporaryDirectory() as folder:
         _walk_assets(model, folder)
         files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
-        with zipfile.ZipFile(archive, "w") as target:
-            for path in files:
-                target.write(path, path.relative_to(folder))
-    return archive.getvalue() if files else b""
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def _rebuilt(record: _Record, assets: bytes, compile: bool, **scope: Any) -> keras.Model:
+def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **scope: Any) -> keras.Model:
     """The model that was described, with variables of the same paths, but not of the same values."""
     earlier = keras.config.dtype_policy()
     with _serialization(**scope), contextlib.ExitStack() as stack:
         stack.callback(keras.config.set_dtype_policy, earlier)  # by which compile() scales the loss or does not
-        policy = record.model.get("dtype_policy", earlier.name)  # until 0.2 it was not noted
-        keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(policy))
+        keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        for group in _GROUPS[:2]:
-            variables, paths = getattr(model, group), [spec.path for spec in record.variables[group]]
-            for live, saved in _pair_ends([variable.path for variable in variables], paths).items():
-                _rename(variables[live], paths[saved])
+        for place, (rank, alpha) in record.model["lora"].items():
+            layer = _layers(model)[int(place)]
+            if not layer.lora_enabled:
+                layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
+        variables = [each for group in _WEIGHTS for each in getattr(model, group)]
+        saved = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
+        for live, place in _pair_ends([each.path for each in variables], [path for path, _ in saved]).items():
+            _rename(variables[live], saved[place][0])
+            if variables[live].trainable != saved[place][1]:  # which configs leave out of layers inside of others
+                variables[live].trainable = saved[place][1]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
+    assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
     if assets:  # outside of safe mode, as Keras does it: these are files
         with tempfile.TemporaryDirectory() as folder:
-            zipfile.ZipFile(io.BytesIO(assets)).extractall(folder)
-            _walk_assets(model, folder, load=True)
+            archive.extractall(folder, assets)
+            _walk_assets(model, os.path.join(folder, "assets"), load=True)
     return model
 
 
@@ -1397,11 +1869,26 @@ def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
         for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
             for place in sorted(set(range(len(paths))) - paired):
                 names = paths[place].split("/")[-length:]
-                ends[tuple(_AUTOMATIC_SUFFIX.sub("", name) for name in names)][side].append(place)
+                ends[tuple(_NUMBER.sub("", name) for name in names)][side].append(place)
         for here, there in ends.values():
             if len(here) == len(there):
                 pairs.update(zip(here, there))
     return pairs
+
+
+def _unsaved_state(model: keras.Model) -> list[str]:
+    """Layers that save more than variables, by a `save_own_variables` of their own."""
+    plain = keras.layers.Layer.save_own_variables
+    own = [layer for layer in _layers(model) if type(layer).save_own_variables is not plain]
+    names = []
+    for layer in own:
+        definer = next(cls for cls in type(layer).__mro__ if "save_own_variables" in vars(cls))
+        if definer.__module__.partition(".")[0] not in ("keras", "keras_hub"):
+            layer.save_own_variables(stored := {})
+            known = [np.asarray(variable.value) for variable in layer.variables]
+            if any(not any(np.array_equal(value, each) for each in known) for value in stored.values()):
+                names.append(layer.name)
+    return names
 
 
 # --------------------------------------------------------------------------------------------- manager
@@ -1419,6 +1906,9 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
 
 
+_OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
+
+
 def _check_arguments(
     model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
 ) -> None:
@@ -1432,7 +1922,7 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r}: give the name of a metric, as in the logs of fit, or None.")
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
-    known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)} - {"max_to_keep"}
+    known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)}.difference(_OURS)
     if unknown := sorted(options.keys() - known):
         raise TypeError(
             f"Unknown argument {', '.join(map(repr, unknown))}: neither one of this class nor of "
@@ -1442,49 +1932,26 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
 
-def _signals(given: Any) -> tuple[signal.Signals, ...]:
-    try:
-        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
-    except (TypeError, ValueError):
-        signals = None
-    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
-        raise ValueError(
-            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
-            "(signal.SIGTERM,), or () for none."
-        )
-    return signals
-
-
-def _check_callback_arguments(
-    save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
-) -> None:
-    if verbose not in (0, 1):
-        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
-    if options.get("read_only"):
-        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
-    if not isinstance(stateful, (list, tuple)):
-        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    if isinstance(save_freq, str) and save_freq == "epoch":
-        return
-    is_time = isinstance(save_freq, datetime.timedelta)
-    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
-        raise ValueError(
-            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
-        )
-    if monitor is not None:
-        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
-
-
-def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
-    """A path in a bucket, checked by both ways that lead there: gcsfs for Orbax and TensorStore for arrays."""
+def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
+    """The absolute path of a directory, or one in a bucket."""
+    path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
+    if "://" not in path:
+        return epath.Path(os.path.abspath(os.path.expanduser(path)))
     if not re.match("gs://[^/]+/[^/]", path):
         raise ValueError(
             f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, because Orbax writes to no other. "
             "Mount another store as a directory (s3:// by Mountpoint or s3fs-fuse), or give a local path."
         )
+    return epath.Path(path)
+
+
+def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
+    """Tries both ways that lead to a bucket: gcsfs for Orbax and TensorStore for arrays."""
     try:
-        directory = _uncached(epath.Path(path))
-        if options.get("read_only"):
+        _uncached(directory)
+        if is_read_only:
             _entries(directory)
         else:
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
@@ -1493,48 +1960,57 @@ def _usable_bucket(path: str, options: Mapping[str, Any]) -> epath.Path:
     except Exception as error:  # of any of the libraries on the way
         raise OSError(
             errno.EIO,
-            f"checkpoint_dir={path!r} cannot be reached or written to ({type(error).__name__}: {error}). It takes the "
-            "package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
+            f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). It "
+            "takes the package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
         ) from error
-    return directory
 
 
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
-    """The absolute path of a directory that can be written, made if it is not there."""
-    path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
-    if "://" in path:
-        return _usable_bucket(path, options)
-    path = os.path.abspath(os.path.expanduser(path))
-    if options.get("read_only"):
-        return epath.Path(path)
-    try:
-        if options.get("create", True):
-            os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise OSError(
-            error.errno, f"checkpoint_dir={path!r} cannot be written to ({error.strerror}). Choose another directory"
-        ) from error
-    return epath.Path(path)
+    """The path of a directory that can be written, made if it is not there."""
+    directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
+    if _is_bucket(directory):
+        _check_bucket(directory, is_read_only)
+    elif not is_read_only:
+        try:
+            if options.get("create", True):
+                os.makedirs(directory, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory):
+                pass
+        except OSError as error:
+            problem = f"checkpoint_dir={str(directory)!r} cannot be written to ({error.strerror})"
+            raise OSError(error.errno, f"{problem}. Choose another directory") from error
+    return directory
 
 
-_MANAGERS = weakref.WeakSet()  # of this process: the saves of one may be on their way while another looks
-_ABANDONED_SECONDS = 24 * 3600.0  # without a change, for a temporary folder that another host has made
+_SAVING = set()  # managers of this process with a save on its way
 
 
-class _Restored(NamedTuple):
-    step: int
-    record: _Record | None  # None where others wrote the checkpoint
-    own: Any  # what this process has saved; where there were more or fewer then, process 0
+def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
+    """Waits for this process's saves in a directory. What has failed is for the manager that began it to raise."""
+    for each in [each for each in list(_SAVING) if each.directory == directory]:
+        try:
+            each.wait_until_finished()
+        except CheckpointError as error:
+            if each is manager:
+                raise
+            each._failure = error
 
 
-_VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
+@functools.cache
+def _finish_before_exit() -> None:
+    """A script may end with a save: that is finished, too."""
+
+    def finish() -> None:
+        for manager in list(_SAVING):
+            try:
+                manager.wait_until_finished()
+            except Exception:  # nobody is left to raise it to
+                sys.excepthook(*sys.exc_info())
+
+    _before_threads_stop(finish)
 
 
-class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
+class KerasOrbaxCheckpointManager(_Hooked):
     """Saves and restores the state of a Keras model with Orbax.
 
     All of `orbax.checkpoint.CheckpointManager` is there too: `all_steps`, `latest_step`,
@@ -1592,28 +2068,33 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         self._description = None  # of the model, before it is saved
         self._failure = None  # of a save, that this manager has not raised yet
         self._read_only = bool(kwargs.get("read_only"))
-        self._saving = None  # the step whose save was started last
+        self._prefix = kwargs.get("step_prefix")
+        self._saving = None  # the step and the id of the save that is on its way
+        self._known = {}  # what retention has to know of the steps, by path
         self._fitting = False  # the callback asks JAX for signals then
-        self._arrays = _ArrayHandler(compression)
-        self._replacing = not self._read_only and (directory / _REPLACED).exists()
-        super().__init__(
-            directory,
-            item_handlers={
-                "default": _tree_handler(self._arrays),
-                **{item: _tree_handler(_ArrayHandler(compression)) for item in ("stateful", "assets")},
-            },
-            # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
-            # them for minutes, even when the process ends.
-            options=ocp.CheckpointManagerOptions(
-                **self._retention(max_to_keep, kwargs),
-                **{"async_options": ocp.AsyncOptions(create_directories_asynchronously=False), **kwargs},
-            ),
-        )
-        _MANAGERS.add(self)
+        self._meetings = _Meetings()
+        self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
+        options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
+        handlers = {"default": _tree_handler(self._arrays), "run": _tree_handler(self._rows)}
+        super().__init__(directory, item_handlers=handlers, options=options)
+        self._keeps_deleted = bool(options.todelete_subdir or getattr(options, "todelete_full_path", None))
+        self._watch_deletions()
 
-    def _retention(self, max_to_keep: int | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The options that say what is kept; takes those that it replaces out of `kwargs`."""
-        if "preservation_policy" in kwargs:
+    def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
+        """All options of Orbax's manager."""
+        # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
+        # them for minutes, even when the process ends.
+        waiting = given.pop("async_options", None) or ocp.AsyncOptions(create_directories_asynchronously=False)
+        if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
+            waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
+        ours = {"async_options": waiting, "prevent_write_metrics": True}
+        if not _is_bucket(directory):
+            ours["temporary_path_class"] = _FlushedPath
+        return {**ours, **self._retention(max_to_keep, given), **given}
+
+    def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
+        """The options that say what is kept; takes those that it replaces out of `given`."""
+        if "preservation_policy" in given:
             return {}
         if self._monitor is None:
             return {"max_to_keep": max_to_keep}
@@ -1622,11 +2103,11 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             ocp.checkpoint_managers.LatestN(1),
             ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=max_to_keep),
         ]
-        if period := kwargs.pop("keep_period", None):
+        if period := given.pop("keep_period", None):
             policies.append(ocp.checkpoint_managers.EveryNSteps(period))
-        if interval := kwargs.pop("keep_time_interval", None):
+        if interval := given.pop("keep_time_interval", None):
             policies.append(ocp.checkpoint_managers.EveryNSeconds(int(interval.total_seconds())))
-        return {"best_fn": self._score, "preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
+        return {"preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """How good a checkpoint is: the higher the better, NaN and missing the worst."""
@@ -1643,12 +2124,63 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
         return self._mode
 
+    def _monitored(self) -> list[str] | None:
+        return None if self._monitor is None else [self._monitor, self._resolved_mode()]
+
+    def latest_step(self) -> int | None:
+        """The newest step on disk, or of a save that is on its way; None where there is none."""
+        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+        return max([*steps, *([self._saving[0]] if self._saving else [])], default=None)
+
+    def best_step(self) -> int | None:
+        """The best step by `monitor`, or by the metric and direction that the newest checkpoint names; else None."""
+        if self._monitor is None and self._track_best:
+            return super().best_step()
+        return _best(_records(_steps(self.directory, self._prefix)), self._monitored())
+
+    def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float]]]:
+        """For Orbax: committed steps, when they were committed and their metrics. Damaged ones have none."""
+        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+        for path in [path for path in steps.values() if path not in self._known]:
+            nanoseconds, metrics = 0, {}
+            with contextlib.suppress(Exception):  # of damage of any kind, which is for others to report
+                metadata = _metadata(path)
+                nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
+                metrics = _Record.from_metadata(metadata).metrics
+            self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics
+        self._known = {path: known for path, known in self._known.items() if path in steps.values()}
+        known = {step: self._known[path] for step, path in sorted(steps.items())}
+        return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
+
+    def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
+        """The metrics that retention judges a step by. A best_fn of the user's is not asked about none."""
+        return metrics if metrics or self._monitor is not None else None
+
+    def _unmark(self, step: int) -> None:
+        """Before a step is deleted."""
+        path = _steps(self.directory, self._prefix).get(step)
+        if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
+            _unmark(path)
+
+    def _tidy(self) -> None:
+        """After each commit."""
+        if jax.process_index() == 0:
+            _remove_leftovers(self.directory, self._prefix)
+
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and describes the model, which `fit` leaves without values."""
         self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
-        self._description = _described(self._model)
-        if self._monitor is not None:
-            self._resolved_mode()
+        self._describe()
+        self._monitored()
+
+    def _describe(self) -> None:
+        is_first, self._description = self._description is None, _described(self._model)
+        if is_first and (names := _unsaved_state(self._model)):
+            _warn(
+                f"The layers {', '.join(map(repr, names))} have a save_own_variables() that saves more than their "
+                "variables. That is not in the checkpoint: keep it in variables, made by add_weight().",
+                stacklevel=4,
+            )
 
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts to save the model: epoch `epoch` (counted from 0) is complete.
@@ -1669,7 +2201,7 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
-        self._description = _described(self._model)  # which may have been compiled anew
+        self._describe()  # which may have been compiled anew
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -1683,86 +2215,102 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         force: bool = False,
         **notes: Any,
     ) -> bool:
-        """Saves everything under `step`. `values` are those of all variables, metrics included, where they are not the
-        model's, `own` is what belongs to this process, `notes` are further fields of the record."""
-        self._make_room(step)
+        """Starts to save everything under `step`. False where Orbax's options say that it is not to be saved.
+
+        `values` are those of all variables where the model itself has not got them, `own` is what belongs to this very
+        process, of plain values and arrays, `notes` are small fields of the record. `metrics` are the epoch's logs.
+        """
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
             values = _values(members.values() for members in variables.values())
         self._check_is_distributed(values)
-        metrics = self._numbers(metrics, step, is_complete=not notes.get("unfinished"))
-        config, assets = self._description
-        arrays = [] if jax.process_count() == 1 else None  # into the file of each process
-        notes |= {"position": position, "metrics": metrics, "own": _pack(own, arrays), "has_arrays": bool(arrays)}
-        record = self._record(_specs(variables), model=config, has_assets=bool(assets), **notes)
+        self._make_room(step)
+        if not force and not self.should_save(step):
+            return False
+        self.wait_until_finished()
+        self.reload()
+        save = _gather(uuid.uuid4().hex)[0]
+        own, items = self._own_of(own, save)
+        items["default"] = _tree(variables, values)
+        record = _Record(
+            save=save,
+            position=position,
+            variables=_specs(variables, values),
+            metrics=self._numbers(metrics, step, is_complete=not notes.get("unfinished")),
+            monitor=self._monitored(),
+            model=self._description[0],
+            versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
+            notes=notes,
+            **own,
+        )
+        return self._begin(step, record, items)
+
+    def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What belongs to this process: the fields of the record, and the item "run" where it is not small."""
+        assets = self._description[1] if jax.process_index() == 0 else {}
+        packed = _pack(own, arrays := [])
+        size = sum(array.nbytes for array in arrays) + len(json.dumps(packed))
+        if jax.process_count() == 1 and not assets and size < _SMALL_BYTES_OF_JSON:
+            return {"own": _pack(own), "run": None}, {}
+        rows, lengths = _rows(_archive(packed, arrays, assets))
+        return {"own": None, "run": lengths}, {"run": {"rows": rows}}
+
+    def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
+        """Hands a save to Orbax, which goes on with it in the background."""
+        self._arrays.save = self._rows.save = self._meetings.save = record.save
+        self._arrays.expected = None if self._known else _arrays_of(record.variables)
         try:
-            with _agreed():
-                self._remove_leftovers()
-            started = self.save(
+            _entries(self.directory)  # raises where it has been removed: Orbax would make another one
+            self.save(
                 step,
-                args=ocp.args.Composite(**_items(variables, values, arrays or (), assets)),
-                metrics=metrics if self._monitor is not None else None,
+                args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
+                metrics=self._judged(record.metrics),
                 custom_metadata=record.to_metadata(),
-                force=force,
+                force=True,
             )
-        except CheckpointError:  # the save before this one
-            raise
         except Exception as error:
-            self._saving = step
-            raise self._save_error(error) from error
-        self._saving = step if started else self._saving
-        return started
+            self._meetings.give_up(error)
+            self._end_failed(step, record.save, error)
+        else:
+            self._saving = step, record.save
+            _SAVING.add(self)
+            _finish_before_exit()
+        return True
 
     def _make_room(self, step: int) -> None:
         """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
-        if self._replacing:
-            self.wait_until_finished()
-        if (newest := self.latest_step()) is not None and step <= newest:
+        newest = self.latest_step()
+        if newest is not None and step <= newest:
             with _agreed():
                 self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-                path = _steps_in(self, self.directory).get(step) if step == newest else None
-                record = path and _Record.from_metadata(_step_metadata(path))
-            if record is not None and record.unfinished:
-                self._set_aside(step)
-        self._check_newer(step, self.latest_step())
+                newest = self.latest_step()
+                if step == newest and self._is_unfinished(step):
+                    newest = None
+                    if jax.process_index() == 0:
+                        _set_aside(_steps(self.directory, self._prefix)[step], _REPLACED)
+        with _agreed():
+            self._check_newer(step, newest)
 
-    def _record(self, variables: dict[str, list[_Spec]], **notes: Any) -> _Record:
-        """What to note of a checkpoint. With several processes, what is of this one goes into a file of its own."""
-        several = jax.process_count() > 1
-        self._arrays.part = {name: notes.pop(name, None) for name in _Record.OWN} if several else None
-        return _Record(
-            variables=variables,
-            monitor=self._monitor and [self._monitor, self._resolved_mode()],
-            versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            processes=jax.process_count(),
-            **notes,
-        )
+    def _is_unfinished(self, step: int) -> bool:
+        with contextlib.suppress(CheckpointCorruptError):
+            record = _read_record(step, _steps(self.directory, self._prefix)[step])
+            return record is not None and bool(record.unfinished)
+        return False
 
-    def _numbers(self, metrics: Mapping[str, float] | None, step: int, is_complete: bool) -> dict[str, float]:
+    def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
-        kinds = (bool, numbers.Real, np.generic, np.ndarray, jax.Array)
-        numeric = {str(n): v for n, v in (metrics or {}).items() if isinstance(v, kinds) and np.size(v) == 1}
-        metrics = {name: float(value) for name, value in numeric.items() if np.asarray(value).dtype.kind in "biuf"}
-        if self._monitor is not None and self._monitor not in metrics and is_complete:
+        found = {}
+        for name, value in (metrics or {}).items():
+            if not isinstance(value, (str, bytes)) and getattr(value, "ndim", 0) == 0:
+                with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number that we can keep
+                    found[str(name)] = float(value)
+        if self._monitor is not None and self._monitor not in found and is_complete:
             _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
-                f"the worst. There are: {', '.join(map(repr, metrics)) or 'none'}.",
+                f"the worst. There are: {', '.join(map(repr, found)) or 'none'}.",
                 stacklevel=5,
             )
-        return metrics
-
-    def _set_aside(self, step: int) -> None:
-        """Makes room for another checkpoint of that number. Until that is committed, this one is still to be found."""
-        with _agreed():
-            if jax.process_index() == 0:
-                found = _steps_in(self, self.directory)[step]
-                aside = self.directory / _REPLACED / found.name
-                aside.parent.mkdir(exist_ok=True)
-                if aside.exists():
-                    aside.rmtree()
-                _move(found, aside)
-        self._replacing = True
-        self.reload()
+        return found
 
     def _check_newer(self, step: int, newest: int | None) -> None:
         if newest is not None and step <= newest:
@@ -1772,13 +2320,13 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
 
     def restore_state(
-        self, step: int | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
+        self, step: int | str | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
     ) -> int | None:
         """Gives the model the state of a checkpoint, whose checksums are verified.
 
         Args:
-            step: The step, None for the newest that is intact: damaged ones are reported by a warning and set aside
-                as `<step>.damaged`. Defaults to None.
+            step: The step; `"best"` for the one that `best_step()` names; None for the newest that is intact: damaged
+                ones are reported by a warning and renamed to `<step>.damaged`. Defaults to None.
             weights_only: Whether to leave the optimizer alone. The model need not be compiled then.
                 Defaults to False.
             strict: Whether model and checkpoint have to be the same. If False, what agrees by path and
@@ -1793,178 +2341,61 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
         Raises:
             CheckpointMismatchError: The model is not the one that was saved. It has not been changed.
             CheckpointCorruptError: `step` is damaged, or without it, all steps are.
+            CheckpointError: No checkpoint is known as the best one.
             FileNotFoundError: There is no checkpoint of that step.
             OSError: The directory cannot be reached, which is not taken for damage.
         """
         variables = _variables(self._model, optimizer=not weights_only)
-        found = self._restore(step, lambda *_: variables, strict=strict, donate=donate)
+        found = self._restore(step, lambda *_: variables, strict=strict, donate=donate, own=False)
         return None if found is None else found.step
 
-    def _restore(self, step: int | None, variables_for: _VariablesFor, **how: bool) -> "_Restored | None":
-        """The newest step that is intact, or that step. None where the directory is empty.
-
-        `variables_for` a step, its record and its folder are given its values; what it raises is raised. `how` is
-        strict, donate, as in _restore_one().
-        """
-        steps = self._found()
-        if step is not None and step not in steps:
-            raise FileNotFoundError(
-                f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
-            )
-        damaged = {}
-        for candidate in sorted(steps, reverse=True) if step is None else [step]:
-            try:
-                restored = self._restore_one(candidate, steps[candidate], variables_for, **how)
-            except CheckpointCorruptError as error:
-                if self._read_only and any(_gather(_is_gone(steps[candidate]))):
-                    continue
-                if step is not None:
-                    raise
-                damaged[candidate] = error  # try an older one
-            except CheckpointMismatchError as error:
-                if not damaged:
-                    raise
-                damaged[candidate] = error  # no way out, and the model may have lost its arrays
-            else:
-                self._put_damaged_aside([steps[each] for each in damaged], damaged.values(), candidate)
-                return restored
-        if damaged:
-            raise CheckpointCorruptError(
-                f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
-                + (", but the model's arrays have been freed" if how.get("donate") else ", and the model is as it was")
-                + f":\n{_listing([str(error) for error in damaged.values()])}"
-            ) from next(iter(damaged.values()))
-        # All of them have been deleted meanwhile, and there are newer ones.
-        return self._restore(step, variables_for, **how) if steps else None
-
-    def _found(self) -> dict[int, epath.Path]:
-        """All steps that there are, and where: the same on all processes."""
+    def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: bool) -> _Restored | None:
+        """See `_Restore`; `how` are its strict, donate and own."""
         with _agreed():
-            for manager in [each for each in _MANAGERS if each.directory == self.directory]:
-                try:
-                    manager.wait_until_finished()
-                except CheckpointError as error:
-                    if manager is self:
-                        raise
-                    manager._failure = error  # which is for that one to raise
-        with _agreed():
-            _entries(self.directory)  # raises where it cannot be read: Orbax would see it as empty
-            if not self._read_only:  # while another run deletes steps, Orbax stumbles over them
-                self.reload()  # others may have written since we looked
-            for _ in range(10):
-                steps = _steps_in(self, self.directory / _REPLACED) | _steps_in(self, self.directory)
-                if steps or not (self._read_only and _entries(self.directory)):
-                    break
-                time.sleep(0.1)  # the only one may have gone since it was listed, and its successor not be in the list
-        seen = _gather(sorted(steps))
-        if any(each != seen[0] for each in seen):
-            raise CheckpointError(
-                f"The processes see different steps in {self.directory}: {'; '.join(map(str, seen))}. Nothing was "
-                "changed. Give a directory that all processes share."
-            )
-        return steps
-
-    def _restore_one(
-        self,
-        step: int,
-        path: epath.Path,
-        variables_for: _VariablesFor,
-        strict: bool = True,
-        donate: bool = False,
-    ) -> _Restored:
-        """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
-        with _agreed():
-            with self._damage_of(step):
-                record = _Record.from_metadata(_step_metadata(path))
-                record = record and record.with_part(path / "default")
-                saved = record.variables if record else _foreign_variables(_array_folder(path))
-            sources, differences = _compare(variables_for(step, record, path), saved, strict)
-            if differences and strict:
-                raise CheckpointMismatchError(
-                    f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
-                    "changed. Build the model as it was saved, use another directory, or restore with strict=False."
-                )
-        sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
-        wanted = {source.name: source.variable.value.sharding for source in sources}
-        for source in sources if donate else ():
-            source.variable.value.delete()
-        with _agreed(), self._damage_of(step):
-            arrays = _read_arrays(_array_folder(path), wanted)
-            for source, array in zip(sources, arrays):
-                _check_array(source.name, array, source.saved)
-            others = _read_all(path / "stateful") if record is not None and record.has_arrays else []
-            own = _unpack(record.own, others) if record is not None else None
-        if differences:
-            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=5)
-        for source, array in zip(sources, arrays):
-            source.variable.assign(array)
-        return _Restored(step, record, own)
-
-    @contextlib.contextmanager
-    def _damage_of(self, step: int) -> Iterator[None]:
-        """Says of an error in here that the step is damaged, unless it is about reaching the store."""
-        try:
-            yield
-        except CheckpointError:
-            raise
-        except Exception as error:
-            if _is_about_the_store(error) or not self.directory.exists():
-                raise
-            origin = error
-            while origin.__cause__ is not None:
-                origin = origin.__cause__
-            text = f"{type(origin).__name__}: {str(origin).strip()[:500]}"
-            raise CheckpointCorruptError(f"Step {step} in {self.directory} is damaged: {text}") from error
-
-    def _put_damaged_aside(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
-        """Their numbers are free then; nothing is deleted."""
-        if not paths:
-            return
-        names = []
-        with _agreed():
-            for path in paths if jax.process_index() == 0 and not self._read_only else ():
-                if path.exists():  # retention in another run may have deleted it meanwhile
-                    free = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-                    free = (f"{path.name}.damaged{suffix}" for suffix in free)
-                    names.append(next(name for name in free if not (self.directory / name).exists()))
-                    _move(path, self.directory / names[-1])
-        if not self._read_only:  # see _found()
-            self.reload()
-        aside = f" They are set aside as {', '.join(names)}." if names else ""
-        reasons = _listing([str(error) for error in errors])
-        _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=4)
+            _wait_for_saves(self.directory, self)
+            self.wait_until_finished()
+        how["monitored"] = self._monitored() if step == "best" else None
+        restore = _Restore(self.directory, self._prefix, lambda: self._model, variables_for, **how)
+        restore.sets_aside = not self._read_only
+        return restore.run(step)
 
     def wait_until_finished(self) -> None:
-        """Waits until everything is committed. Raises if a save has failed; its step is not listed then."""
+        """Waits until everything is committed. Raises if a save has failed; its step is not there then."""
         if (failure := self._failure) is not None:
             self._failure = None
             raise failure
         try:
             super().wait_until_finished()
-        except BaseException as error:
-            # Orbax has also forgotten the steps that the failed save would have replaced.
-            if self.directory.exists():
-                self.reload()
-            if not isinstance(error, Exception):
-                raise
-            raise self._save_error(error) from error
-        self._replacing = self._replacing and jax.process_index() == 0
-        replaced = _steps_in(self, self.directory / _REPLACED) if self._replacing else {}
-        if self._replacing and max(replaced, default=-1) <= max(self.all_steps(), default=-1):
-            (self.directory / _REPLACED).rmtree(missing_ok=True)
-            self._replacing = False
+        except Exception as error:
+            self._end_failed(*(self._saving or (None, None)), error)
+        self._saving = None
+        _SAVING.discard(self)
+        for failure in self._deletion_failures():
+            _warn(f"An old checkpoint in {self.directory} could not be deleted: {failure}", stacklevel=2)
 
-    def _save_error(self, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"Saving step {self._saving} in {self.directory} has failed, and it is not listed there. Earlier "
-            f"checkpoints are as they were. {type(error).__name__}: {str(error).strip()[:1000]}"
-        )
+    def _end_failed(self, step: int | None, save: str | None, error: Exception) -> None:
+        """Raises for a save that has failed. A warning, where it is committed for all that."""
+        self._saving = None
+        _SAVING.discard(self)
+        self._settle()
+        is_committed = False
+        with contextlib.suppress(OSError):  # another error is on its way
+            for _, path in [each for each in _temporary(self.directory, self._prefix) if each[0] == step]:
+                if jax.process_index() == 0:
+                    path.rmtree(missing_ok=True)
+            self.reload()  # Orbax has also forgotten the steps that the failed save would have replaced
+            path = _steps(self.directory, self._prefix).get(step)
+            is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
+        text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+        if not is_committed:
+            raise CheckpointError(
+                f"Saving step {step} in {self.directory} has failed, and it is not listed there. Earlier "
+                f"checkpoints are as they were. {text}"
+            ) from error
+        _warn(f"Step {step} in {self.directory} is saved, but not all of what follows was done. {text}", stacklevel=4)
 
-    def _remove_leftovers(self) -> None:
-        """The temporary folders of saves that were killed. A process that is alive keeps its own."""
-        for path in _temporary_folders(self.directory) if jax.process_index() == 0 else ():
-            if _is_abandoned(path):
-                path.rmtree(missing_ok=True)
+    def _commit_failed(self, error: BaseException) -> None:
+        self._meetings.give_up(error)
 
     def reached_preemption(self, step: int) -> bool:
         """As in Orbax; False while `fit` runs with a callback of ours, which asks JAX itself."""
@@ -1980,107 +2411,9 @@ class KerasOrbaxCheckpointManager(ocp.CheckpointManager):
             )
 
 
-def _is_abandoned(path: epath.Path) -> bool:
-    """Whether nobody writes into a temporary folder any more."""
-    try:
-        # A folder in a bucket has no time of its own.
-        age = time.time() - (path.stat().mtime or (path / "_CHECKPOINT_METADATA").stat().mtime)
-        notes = [each / _WRITER for each in _entries(path) if (each / _WRITER).exists()]
-        writer = json.loads(notes[0].read_text()) if notes else {}
-    except FileNotFoundError:
-        return False  # it was committed meanwhile
-    except ValueError:  # it was killed while it wrote the note
-        writer = {}
-    if writer.get("host") != _writer()["host"]:
-        return age > _ABANDONED_SECONDS  # nothing else is known from here
-    if writer["pid"] == os.getpid():
-        return writer["id"] != _writer()["id"]
-    try:
-        os.kill(writer["pid"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False  # it is somebody else's, and alive
-    return False
-
-
-def _is_about_the_store(error: BaseException | None) -> bool:
-    """Whether an error, or what has led to it, is one of reaching what is stored, or of memory: not of its content."""
-    if error is None:
-        return False
-    codes = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-    return (
-        isinstance(error, (PermissionError, ConnectionError, TimeoutError, MemoryError))
-        or (isinstance(error, OSError) and error.errno in codes)
-        or type(error).__module__.partition(".")[0] in ("aiohttp", "gcsfs", "google", "requests")
-        # Of TensorStore and XLA there are only words in the text; of gcsfs one.
-        or str(error).startswith("Forbidden: ")
-        or any(os.strerror(code) in str(error) for code in codes)
-        or re.search("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", str(error))
-        is not None
-        or _is_about_the_store(error.__cause__ or error.__context__)
-    )
-
-
-def _array_folder(path: epath.Path) -> epath.Path:
-    """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
-    return path / ("pytree" if (path / "pytree").exists() else "default")
-
-
-def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
-    """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
-    paths = _tree_paths(directory)
-    variables = {group: [] for group in _GROUPS[:3]}
-    for path, store in zip(paths, _open_arrays(directory, (path.replace("/", ".") for path in paths))):
-        if {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
-            raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
-        group, _, rest = path.partition("/")
-        if group in variables:
-            variables[group].append(_Spec(rest, store.shape, store.dtype.name))
-    return variables
-
-
-def _reader(checkpoint_dir: str | os.PathLike) -> KerasOrbaxCheckpointManager:
-    """A manager that changes nothing, for a model that is not known yet."""
-    directory = _usable_directory(checkpoint_dir, {"read_only": True})
-    names = [path.name for path in _entries(directory) if (path / "_CHECKPOINT_METADATA").exists()]
-    names = [match for name in names if (match := re.fullmatch(r"(?:(.*)_)?(\d+)", name))]
-    prefixes = {match[1] for match in names}
-    prefix = None if None in prefixes else min(prefixes, default=None)
-    length = next((len(match[2]) for match in names if match[1] == prefix and re.match("0.", match[2])), None)
-    earlier = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # in which Orbax says that it is read only
-    try:
-        for attempt in itertools.count():
-            try:
-                options = {"read_only": True, "step_prefix": prefix, "step_format_fixed_length": length}
-                return KerasOrbaxCheckpointManager(keras.Sequential(name="unknown"), directory, **options)
-            except (FileNotFoundError, NotADirectoryError):  # a step was deleted while Orbax looked at it
-                if attempt == 10:
-                    raise
-    finally:
-        logging.disable(earlier)
-
-
-_DELETING_SECONDS = 1.0  # in which at least one file goes, while a step is being deleted
-
-
-def _is_gone(path: epath.Path) -> bool:
-    """Whether a run that goes on has deleted what seems to be a damaged step; waits while it does."""
-    before = math.inf
-    while path.exists():
-        with contextlib.suppress(FileNotFoundError):
-            left = len(list(_files(path)))
-            if left >= before:
-                return False
-            before = left
-        time.sleep(_DELETING_SECONDS)
-    return True
-
-
 def load_model(
     checkpoint_dir: str | os.PathLike,
-    step: int | None = None,
+    step: int | str | None = None,
     *,
     custom_objects: Mapping[str, Any] | None = None,
     compile: bool = True,
@@ -2096,8 +2429,9 @@ def load_model(
     >>> load_model("/tmp/ckpt").save("/tmp/model.keras")
 
     Args:
-        checkpoint_dir: As in `KerasOrbaxCheckpointManager`.
-        step: The step, None for the newest that is intact. Defaults to None.
+        checkpoint_dir: Directory of the checkpoints, `str` or path-like; `gs://bucket/path` too.
+        step: The step; `"best"` for the best one by the metric that was monitored; None for the newest that is
+            intact. Defaults to None.
         custom_objects: Own classes and functions by name, where they are not registered with Keras.
             Defaults to None.
         compile: Whether to compile the model as it was, with the optimizer's state. Defaults to True.
@@ -2109,36 +2443,52 @@ def load_model(
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        CheckpointError: The checkpoint does not say how to build its model. The text says why.
+        CheckpointError: The checkpoint does not say how to build its model, or none is known as the best.
         CheckpointCorruptError: `step` is damaged, or without it, all steps are.
         ValueError, TypeError: From Keras, which cannot make the model from its config.
     """
     _check_backend()
-    with _reader(checkpoint_dir) as reader:
+    directory = _usable_directory(checkpoint_dir, {"read_only": True})
+    models = []
 
-        def variables_for(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
-            problem = "another program wrote it" if record is None else record.model.get("error")
-            if problem is None:
-                with reader._damage_of(step):
-                    assets = _read_all(path / "assets")[0].tobytes() if record.has_assets else b""
-                model = _rebuilt(record, assets, compile, custom_objects=custom_objects, safe_mode=safe_mode)
-                if model.built:
-                    reader._model = model
-                    return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
-                problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-            raise CheckpointError(
-                f"Step {step} in {reader.directory} has no config that makes its model: {problem}. Make the model as "
-                "its script does, and give it the state by KerasOrbaxCheckpointManager.restore_state()."
-            )
+    def variables_for(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
+        problem = "another tool wrote it" if record is None else record.model.get("error")
+        if problem is None:
+            with _reading(step, path):
+                archive = _read_archive(path, record)
+            model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+            if model.built:
+                models[:] = [model]
+                return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+        raise CheckpointError(
+            f"Step {step} in {directory} has no config that makes its model: {problem}. Make the model as "
+            "its script does, and give it the state by KerasOrbaxCheckpointManager.restore_state()."
+        )
 
-        if reader._restore(step, variables_for, donate=True) is None:
-            raise FileNotFoundError(f"There is no checkpoint in {reader.directory}.")
-        return reader._model
+    _wait_for_saves(directory)
+    restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
+    if restore.run(step) is None:
+        raise FileNotFoundError(f"There is no checkpoint in {directory}.")
+    return models[0]
 
 
 # --------------------------------------------------------------------------------------------- signals
 
 _CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
+
+
+def _signals(given: Any) -> tuple[signal.Signals, ...]:
+    try:
+        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
+    except (TypeError, ValueError):
+        signals = None
+    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
+        raise ValueError(
+            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
+            "(signal.SIGTERM,), or () for none."
+        )
+    return signals
 
 
 class _Preemption:
@@ -2653,6 +3003,26 @@ class _Run:
             print("\n" * is_open + line, flush=True)
 
 
+def _check_callback_arguments(
+    save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
+) -> None:
+    if verbose not in (0, 1):
+        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
+    if options.get("read_only"):
+        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
+    if not isinstance(stateful, (list, tuple)):
+        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
+    if isinstance(save_freq, str) and save_freq == "epoch":
+        return
+    is_time = isinstance(save_freq, datetime.timedelta)
+    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
+        raise ValueError(
+            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
+        )
+    if monitor is not None:
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
+
+
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """Saves the whole training state during `fit`, and continues from it when `fit` starts.
 
@@ -2813,50 +3183,19 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 _COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", "")
 
 
-def _row(step: int, path: epath.Path, record: _Record | None, nanoseconds: int | None) -> list[str]:
-    """What is to be said of a step that was committed at that time, by column.
-
-    Variables and parameters are those that Keras's summary counts.
-    """
+def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
+    """What there is to say about a step, by column. Variables and parameters are those that Keras's summary counts."""
+    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # not there, where an older Orbax wrote it
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups = record.variables if record else _foreign_variables(_array_folder(path))
-    weights = [spec for group in _GROUPS[:2] for spec in groups[group] if "/seed_generator_state" not in spec.path]
+    weights = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
     parameters, size = sum(math.prod(spec.shape) for spec in weights), sum(file.stat().length for file in _files(path))
     counts = [f"{size / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
     if record is None:
-        return [str(step), "?", "?", saved, *counts, "", "of another program"]
+        return [str(step), "?", "?", saved, *counts, "", "written by another tool"]
     epoch, batch, _ = record.position
-    metrics = " ".join(f"{name}={value:.4g}" for name, value in (record.metrics or {}).items())
+    metrics = " ".join(f"{name}={value:.4g}" for name, value in record.metrics.items())
     return [str(step), str(epoch + (batch > 0)), str(batch or "end"), saved, *counts, metrics, ""]
-
-
-def _best(records: Mapping[int, _Record]) -> int | None:
-    """The step that is best by what the newest one monitored."""
-    if not records or (monitored := records[max(records)].monitor) is None:
-        return None
-    name, mode = monitored
-    values = {step: (record.metrics or {}).get(name, math.nan) for step, record in records.items()}
-    values = {step: value for step, value in values.items() if not math.isnan(value)}
-    return (max if mode == "max" else min)(values, key=values.get, default=None)
-
-
-def _verify(path: epath.Path, record: _Record | None) -> None:
-    """Reads all that there is of a step, with a progress bar. Raises where something is damaged."""
-    folder = _array_folder(path)
-    groups = record.variables if record else _foreign_variables(folder)
-    specs = {_array_name(group, spec.path): spec for group, members in groups.items() for spec in members}
-    specs = {name: spec for name, spec in specs.items() if math.prod(spec.shape)}
-    stores = _open_arrays(folder, specs)
-    for name, spec, store in zip(specs, specs.values(), stores):
-        _check_array(name, store, spec)
-    for item, is_there in (("stateful", record.has_arrays), ("assets", record.has_assets)) if record else ():
-        stores += _open_all(path / item) if is_there else []
-    progress = keras.utils.Progbar(len(stores), unit_name="array")
-    for store in stores:
-        store.read().result()
-        progress.add(1)
-    for process in range(record.processes if record else 0):
-        record.with_part(folder, process)
 
 
 def _print_table(rows: Mapping[int, list[str]], best: int | None) -> None:
@@ -2869,37 +3208,36 @@ def _print_table(rows: Mapping[int, list[str]], best: int | None) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def _look(directory: str, verify: bool) -> bool:
+def _look(checkpoint_dir: str, verify: bool) -> bool:
     """Prints what is in a directory. Whether all of it is intact, as far as that has been looked at."""
     rows, records, damaged = {}, {}, {}
-    with _reader(directory) as reader:
+    directory = _usable_directory(checkpoint_dir, {"read_only": True})
+    _wait_for_saves(directory)
 
-        @contextlib.contextmanager
-        def noting_damage(step: int, path: epath.Path) -> Iterator[None]:
-            try:
-                with reader._damage_of(step):
-                    yield
-            except CheckpointError as error:
-                if not _is_gone(path):
-                    mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
-                    damaged[step] = error
-                    rows.setdefault(step, [str(step), *"??????", "", mark])
+    @contextlib.contextmanager
+    def noting_damage(step: int, path: epath.Path) -> Iterator[None]:
+        try:
+            with _reading(step, path):
+                yield
+        except CheckpointError as error:
+            if _steps(directory).get(step) == path:  # it has not been deleted meanwhile
+                mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
+                damaged[step] = error
+                rows.setdefault(step, [str(step), *"??????", "", mark])
 
-        steps = sorted(reader._found().items())
-        if not steps:
-            raise FileNotFoundError("There is no checkpoint in this directory.")
-        for step, path in steps:
+    steps = sorted(_steps(directory).items())
+    if not steps:
+        raise FileNotFoundError("There is no checkpoint in this directory.")
+    for step, path in steps:
+        with noting_damage(step, path):
+            records[step] = _read_record(step, path)
+            rows[step] = _row(step, path, records[step])
+    _print_table(rows, _best({step: records[step] for step in rows if records.get(step) is not None}))
+    for step, path in steps if verify else ():
+        if step in rows.keys() - damaged.keys():
+            print(f"Step {step}:", flush=True)
             with noting_damage(step, path):
-                metadata = _step_metadata(path)
-                records[step] = _Record.from_metadata(metadata)
-                # There is no time where an older Orbax wrote it.
-                rows[step] = _row(step, path, records[step], metadata.get("commit_timestamp_nsecs"))
-        _print_table(rows, _best({step: records[step] for step in rows if records.get(step) is not None}))
-        for step, path in steps if verify else ():
-            if step in rows.keys() - damaged.keys():
-                print(f"Step {step}:", flush=True)
-                with noting_damage(step, path):
-                    _verify(path, records[step])
+                _verify(step, path, records[step])
     intact = "All arrays are intact." if None not in records.values() else "All can be read; some have no checksums."
     for line in damaged.values() or ([intact] if verify else []):
         print(line)
