@@ -242,7 +242,7 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             return generator
         case "torch":
             return sys.modules["torch"].from_numpy(np.array(unpack(content)))
-        case "operation":
+        case "operation" if content in _OPERATIONS:
             return _OPERATIONS[content]
         case "numpy" | "scalar" | "jax":
             data = base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
