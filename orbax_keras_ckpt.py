@@ -1163,9 +1163,9 @@ class _Resumable:
                 yield batch
 
     def _restart(self, state: Any) -> None:
-        self._iterator = None  # a loader takes up the state with a new one
         if state is not None:
             self._put(copy.deepcopy(state))
+        self._iterator = iter(self._data)  # by which a loader takes up the state
 
     def rewind(self, state: Any) -> int:
         """Goes on from a state, or from the beginning. How many batches `fit` has drawn that are void now."""
@@ -2584,14 +2584,15 @@ class _Run:
         self._check()
         rate = _learning_rate(self.model)
         self.restored = self._restore()
+        self.own = (self.restored and self.restored.own) or {}
         self.saved = self.before = self._batches_at(self.start)
+        if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
+            self.stale = self.resumable.rewind(self._data_of("state"))  # may draw from torch's random generator
         if self.restored is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
             self._say_loaded(rate)
             self._continue()
-        if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
-            self.stale = self.resumable.rewind(self._data_of("state"))
         self.preemption = _Preemption(self.callback._signals)
         self.manager._fitting = _jax_owns_sigterm()
         _watch_fit(self.model, self.fit, self._end_training, self.end)
@@ -2704,7 +2705,7 @@ class _Run:
 
     def _continue(self) -> None:
         """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
-        self.own, self.on_disk = self.restored.own or {}, self.saved
+        self.on_disk = self.saved
         *others, metrics = _train_state(self.model)
         self.references = _references(others)
         self.metrics = [jax.numpy.copy(variable.value) for variable in metrics]
