@@ -2279,17 +2279,20 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _make_room(self, step: int) -> None:
         """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
-        newest = self.latest_step()
+        newest = self._agreed_latest_step()
         if newest is not None and step <= newest:
             with _agreed():
                 self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-                newest = self.latest_step()
-                if step == newest and self._is_unfinished(step):
-                    newest = None
-                    if jax.process_index() == 0:
-                        _set_aside(_steps(self.directory, self._prefix)[step], _REPLACED)
+                if jax.process_index() == 0 and step == self.latest_step() and self._is_unfinished(step):
+                    _set_aside(_steps(self.directory, self._prefix)[step], _REPLACED)
+            newest = self._agreed_latest_step()
+        self._check_newer(step, newest)
+
+    def _agreed_latest_step(self) -> int | None:
+        """What process 0 sees: it may rename a step before another process has looked."""
         with _agreed():
-            self._check_newer(step, newest)
+            newest = self.latest_step()
+        return _gather(newest)[0]
 
     def _is_unfinished(self, step: int) -> bool:
         with contextlib.suppress(CheckpointCorruptError):
