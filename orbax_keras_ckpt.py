@@ -622,6 +622,11 @@ def _tree_paths(directory: epath.Path) -> list[str]:
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
+def _reads_ahead(iterator: Iterator) -> bool:
+    """Whether Keras draws batches before they are trained on: on accelerators, and in older versions everywhere."""
+    return re.search("ahead|prefetch", getattr(iterator, "__name__", "")) is not None
+
+
 def _has_workers(fit: _Fit) -> bool:
     """Whether Keras draws the batches of a PyDataset in other threads or processes."""
     return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
@@ -2454,6 +2459,10 @@ class _Run:
         for _ in range(self.stale):
             next(iterator)
         self.stale = 0
+        is_long = self.datasets[0] is not None and self.fit.epoch_iterator.steps_per_epoch is not None
+        if is_long and _overridden(self.fit.data) and _reads_ahead(iterator):
+            problem = "is read ahead by Keras from one epoch into the next (steps_per_epoch), across these hooks"
+            _warn_of_dataset(self.fit.data, [type(self.fit.data).__name__], problem)
         if not self.is_skipping:
             return
         count, origin = self._data_of("count") or 0, self._data_of("origin")

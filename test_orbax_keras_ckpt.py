@@ -1980,9 +1980,7 @@ RUDE = [
 @pytest.mark.parametrize(("hook", "action"), RUDE)
 def test_callbacks_that_evaluate_or_assign_or_draw_do_not_disturb_a_resume(hook, action, position, tmp_path):
     if keras.version() < "3.11" and action in ("evaluate", "predict") and hook != "on_train_batch_end":
-        with pytest.raises(TypeError, match="not subscriptable"):
-            train_here(others=lambda: [Rude(hook, action)])
-        pytest.skip("fit of Keras 3.10 itself fails of it")
+        pytest.skip("fit of Keras 3.10 itself fails of it, where it comes before the first batch of a process")
     assert_exact(tmp_path, PLACES, others=lambda: [Rude(hook, action)], position=position)
 
 
