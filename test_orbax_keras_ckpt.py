@@ -1921,11 +1921,24 @@ def calls_each_batch_once(places):
     return all(kind != "validation" for _, kind, _ in places)
 
 
+def reads_ahead():
+    """Whether Keras draws batches before they are trained on, on a CPU as well."""
+    seen, model = [], dense_model()
+    data = ((X[:8], Y[:8]) for _ in range(9) if seen.append(1) is None)
+    count = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: seen.append(0))
+    model.fit(data, steps_per_epoch=6, verbose=0, shuffle=False, callbacks=[count])
+    return sum(seen) > 6
+
+
 PLACES = [(0, "train", 2), (1, "validation", 1), (1, "epoch ends", 0), (2, "train", 0)]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_data_of_every_kind_goes_on_at_the_very_batch(source, tmp_path):
+    if source == "part of a dataset" and reads_ahead():
+        with pytest.warns(UserWarning, match="read ahead by Keras from one epoch into the next"):
+            train_here(None, tmp_path, source=source)
+        return
     assert_exact(tmp_path / "epochs", PLACES, source=source)
     assert_exact(tmp_path / "batches", [(0, "epoch ends", 0), (1, "epoch begins", 0), (2, "validation", 0)], source=source, freq=3)
 
