@@ -2503,7 +2503,7 @@ class _Run:
         """Reports where the last batch skipped is not the one that was trained on."""
         saved, step = self._data_of("last"), self.restored.step
         found = _fingerprint(self.reader.last)
-        if self.restored.record.processes != jax.process_count() or found == saved:
+        if saved is None or self.restored.record.processes != jax.process_count() or found == saved:
             return
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
@@ -2670,7 +2670,9 @@ class _Run:
             return {"state": self.resumable.state(self.reader.count)}
         if not self.reader.count or (is_epoch_end and not _goes_on(self.fit, self.reader.iterator)):
             return {"count": 0}
-        return {"count": self.reader.count, "origin": self.reader.origin, "last": _fingerprint(self.reader.last)}
+        last = self.reader.last  # none where the data has ended inside an execution of several steps
+        last = None if last is None else _fingerprint(last)
+        return {"count": self.reader.count, "origin": self.reader.origin, "last": last}
 
     def _save(self, position: _Position, metrics: Any, own: dict[str, Any], **further: Any) -> bool:
         notes = {
