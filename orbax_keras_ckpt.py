@@ -31,6 +31,8 @@ Promised:
 
 Not promised:
 
+- State of optimizers other than `model.optimizer`, and of validation data that is a generator.
+- Generators that run dry, or that two fits share: Keras goes on with batches that it has read ahead.
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
 - Random states and `stateful` of each process, where a run goes on with another number of processes: all take those
   of process 0.
@@ -342,6 +344,9 @@ class _Fit(NamedTuple):
     callbacks: keras.callbacks.CallbackList
     epoch_iterator: Any  # which gives `fit` its batches
     data: Any  # its argument x
+    held_out: Any  # that of the validation data
+    epochs: int
+    initial_epoch: int
 
 
 def _locals(frame: types.FrameType) -> dict[str, Any]:
@@ -366,12 +371,13 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
     if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
         raise RuntimeError(
-            f"This callback works inside the fit() of a Keras model on the JAX backend, as it is in {_TESTED}; this is "
-            f"Keras {keras.__version__}. Nothing was trained. Call model.fit(), or get a newer orbax_keras_ckpt.py."
+            f"This callback works inside the fit() of keras.Model, as it is in {_TESTED} on the JAX backend; this is "
+            f"Keras {keras.__version__}. Nothing was trained. Don't override fit() or call the hooks yourself, or "
+            "get a newer orbax_keras_ckpt.py."
         )
     if callback not in callbacks.callbacks:
-        raise ValueError("Give this callback to fit itself, in the list `callbacks`, and not to another callback.")
-    return _Fit(callbacks, iterator, names["x"])
+        raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
+    return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"], names["initial_epoch"])
 
 
 def _is_last(callbacks: keras.callbacks.CallbackList, callback: keras.callbacks.Callback) -> bool:
@@ -413,7 +419,7 @@ def _last_logs(fit: _Fit) -> Any:
     frame = sys._getframe(1)
     while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
-    return names["logs"]
+    return names.get("logs")  # none before the first step
 
 
 def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
@@ -651,6 +657,11 @@ async def _created(info: Any) -> epath.Path:
     if hasattr(info, "await_path_creation"):
         await info.await_path_creation()
     return info.parent_dir
+
+
+def _reads_ahead(iterator: Iterator) -> bool:
+    """Whether Keras draws batches before they are trained on: on accelerators, and in older versions everywhere."""
+    return re.search("ahead|prefetch", getattr(iterator, "__name__", "")) is not None
 
 
 def _jax_owns_sigterm() -> bool:
@@ -1020,6 +1031,14 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
+def _is_saveable(value: Any) -> bool:
+    try:
+        _pack(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _is_same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
@@ -1037,12 +1056,13 @@ class _Stateful:
         is_keras = isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset))
         if hasattr(member, "__next__") or (hasattr(member, "__iter__") and not is_keras):
             raise TypeError(
-                f"{self.label} gives batches. Keras reads ahead of training, so its state is not that of the batch "
-                "which is next. Leave it out of stateful, and give fit `checkpoint.resumable(iterator)` as its data."
+                f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
+                "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
             )
         if methods := _state_methods(member):
             self.get, self._put = methods
         elif isinstance(member, keras.utils.PyDataset):
+            self._initial = {name: _mark(value) for name, value in _dataset_attributes(member).items()}
             self.get, self._put = self._order, vars(member).update
         elif is_keras:
             self._initial = {}
@@ -1058,15 +1078,16 @@ class _Stateful:
         self._put(_copied(state))
 
     def copy(self) -> Any:
-        """A copy of the state. TypeError where it cannot be saved."""
+        """A copy of the state. TypeError that names what cannot be saved."""
         state = self.get()
-        for name, value in state.items() if type(state) is dict else [("", state)]:
-            try:
-                _pack(value, [])
-            except TypeError as error:
-                what = f"attribute {name!r}" if isinstance(self.member, keras.callbacks.Callback) else "state"
-                raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave it out.") from error
-        return _copied(state)
+        try:
+            return _copied(state)
+        except TypeError as error:
+            is_by_name = isinstance(self.member, keras.callbacks.Callback) and type(state) is dict
+            attributes = state.items() if is_by_name else []
+            named = [f"attribute {name!r}" for name, value in attributes if not _is_saveable(value)]
+            what = ", ".join(named) or "state"
+            raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
     def copy_before_validation(self) -> Any:
         """A copy of the state where validation may change it, else None: few callbacks hear of it."""
@@ -1081,7 +1102,7 @@ class _Stateful:
         return {
             name: value
             for name, value in attributes.items()
-            if (value in _OPERATIONS.values() if callable(value) else not isinstance(value, _SCRIPTS_OWN))
+            if (any(value is each for each in _OPERATIONS.values()) or not isinstance(value, _SCRIPTS_OWN))
             and not (name in self._initial and _is_same(value, self._initial[name]))
         }
 
@@ -1089,24 +1110,29 @@ class _Stateful:
         vars(self.member).update(_copied(self._initial) | changed)
 
     def _order(self) -> dict[str, Any]:
-        return {name: value for name, value in _dataset_attributes(self.member).items() if _is_order(value)}
+        """A dataset's attributes that are no data: small arrays, lists and generators, and what else has changed."""
+        return {
+            name: value
+            for name, value in _dataset_attributes(self.member).items()
+            if _is_order(value) and (_is_small(value) or _mark(value) != self._initial.get(name))
+        }
 
 
 # ------------------------------------------------------------------------------------------------ data
 
 
 class _Reader:
-    """Keras's iterator over batches: how many it has given, the last one, and the random state before the first."""
+    """Counts the batches of Keras's iterator. Keeps the last one, and what `note()` says just before the first."""
 
-    def __init__(self, iterator: Iterator):
-        self.iterator, self.count, self.random, self.last = iterator, 0, None, None
+    def __init__(self, iterator: Iterator, note: Callable[[], Any] | None = None):
+        self.iterator, self.note, self.count, self.origin, self.last = iterator, note, 0, None, None
 
     def __iter__(self) -> Iterator:
         return self
 
     def __next__(self) -> Any:
         if not self.count:
-            self.random = _random_state()
+            self.origin = self.note()
         self.last = None  # frees its memory for the next one
         self.last = next(self.iterator)
         self.count += 1
@@ -1117,9 +1143,9 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
     """The shapes of a batch, and a checksum of the first numbers of each array, as far as this process has them."""
     shapes, checksum = [], 0
     for leaf in jax.tree.leaves(batch):
-        shards = leaf.addressable_shards if isinstance(leaf, jax.Array) else ()
+        is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         shapes.append(list(np.shape(leaf)))
-        for part in [shard.data for shard in shards if shard.replica_id == 0] if shards else [leaf]:
+        for part in [each.data for each in leaf.addressable_shards if not each.replica_id] if is_spread else [leaf]:
             if (array := np.asarray(part)).dtype != object:
                 checksum = zlib.crc32(array.reshape(-1)[: 2**18].tobytes(), checksum)
     return {"shapes": shapes, "checksum": checksum}
@@ -1153,7 +1179,7 @@ class _Resumable:
                 batch = next(self._iterator)
             except StopIteration:
                 if is_empty:
-                    raise ValueError(f"resumable({type(self._data).__name__}): it gives no batches.") from None
+                    raise ValueError(f"resumable({type(self._data).__name__}): it is empty.") from None
                 is_empty = True
                 self._restart(self._beginning)
             else:
@@ -1186,15 +1212,16 @@ class _Resumable:
         if self._number != trained:
             raise ValueError(
                 f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
-                f"{self._number}. Let fit read one batch for each of the generator's."
+                f"{self._number}. Pass its generator to fit, one batch per step."
             )
         return self._states[0] if self._states else self._get()
 
 
-# A PyDataset may change itself between epochs: the textbook kind shuffles its index. Then its numbers, texts and
-# one-dimensional arrays belong to the run. Other arrays are taken for the data, which is not saved each time.
+# A PyDataset may change itself between epochs: typically it shuffles an index. Its lists, random generators and
+# one-dimensional arrays are saved, and numbers and texts that have changed. Other arrays are assumed to be the data.
 
 _ORDER_BYTES = 2**26  # a larger array is data
+_SMALL_ORDER = 2**14  # elements; a larger array or list is saved once it has changed
 
 
 def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
@@ -1202,16 +1229,30 @@ def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
     return {n: v for n, v in vars(dataset).items() if n not in own and not isinstance(v, _SCRIPTS_OWN)}
 
 
+def _is_small(value: Any) -> bool:
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.size <= _SMALL_ORDER
+    if isinstance(value, (list, tuple, set, dict)):
+        return len(value) <= _SMALL_ORDER
+    return isinstance(value, (np.random.Generator, np.random.RandomState, random.Random))
+
+
+def _mark(value: Any) -> Any:
+    """What tells cheaply whether a value has changed; None for objects of which nothing is known."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return value.shape, zlib.crc32(np.asarray(value[:64] if value.ndim else value).tobytes())
+    if isinstance(value, (list, tuple, set, dict)):
+        members = value.values() if isinstance(value, dict) else value
+        return len(value), [id(each) for each in itertools.islice(members, 64)]
+    return (value,) if value is None or isinstance(value, (bool, int, float, str, np.generic)) else None
+
+
 def _is_order(value: Any) -> bool:
     if isinstance(value, (np.ndarray, jax.Array)):
         return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and not isinstance(value, np.memmap)
     if isinstance(value, (list, tuple, set, dict)):
         return all(map(_is_order, value.values() if isinstance(value, dict) else value))
-    try:
-        _pack(value)
-    except TypeError:
-        return False
-    return True
+    return _is_saveable(value)
 
 
 def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
@@ -1221,34 +1262,16 @@ def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
     return [name for name in hooks if getattr(type(dataset), name) is not getattr(base, name)]
 
 
-def _changing_dataset(data: Any, stateful: Sequence[_Stateful]) -> _Stateful | None:
-    """The data of `fit`, if it is a dataset that may change itself between epochs, and not in `stateful` already."""
-    if not isinstance(data, keras.utils.PyDataset) or any(each.member is data for each in stateful):
-        return None
-    return _Stateful(data, "The dataset") if _state_methods(data) or _overridden(data) else None
-
-
 def _marks(dataset: keras.utils.PyDataset) -> dict[str, Any]:
-    """What of a dataset is not saved: the first rows of arrays, the first objects of lists, None for other objects."""
-    marks = {}
-    for name, value in _dataset_attributes(dataset).items():
-        if isinstance(value, (np.ndarray, jax.Array)):
-            mark = zlib.crc32(np.asarray(value[:64]).tobytes()) if value.ndim else 0
-        elif isinstance(value, (list, tuple, set, dict)):
-            mark = [id(each) for each in itertools.islice(value.values() if isinstance(value, dict) else value, 64)]
-        else:
-            mark = None
-        if not _is_order(value):
-            marks[name] = mark
-    return marks
+    """The marks of what of a dataset is not saved."""
+    return {name: _mark(value) for name, value in _dataset_attributes(dataset).items() if not _is_order(value)}
 
 
 def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], problem: str) -> None:
     if names:
         _warn(
-            f"{type(dataset).__name__} overrides {' and '.join(_overridden(dataset))}, and {problem}: "
-            f"{', '.join(names)}. A run that is continued sees other data then. Give the dataset get_state and "
-            "set_state, and put it into stateful.",
+            f"{type(dataset).__name__} overrides {' and '.join(_overridden(dataset))}, which {problem}: "
+            f"{', '.join(names)}. A resumed run may then see other data. Give the dataset get_state and set_state.",
             stacklevel=6,
         )
 
@@ -2550,14 +2573,19 @@ class _Run:
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         self.callback, self.fit = callback, fit
         self.model, self.manager = callback._fitted_model, callback.checkpoint_manager
-        self.resumable, self.epochs = callback._resumable, callback.params["epochs"]
-        self.dataset = _changing_dataset(fit.data, callback._stateful)
-        self.marks: dict[str, Any] | None = None  # of the dataset
+        self.resumable, self.epochs = callback._resumable, fit.epochs
+        self.datasets = [
+            _Stateful(data, "The dataset") if isinstance(data, keras.utils.PyDataset) else None
+            for data in (fit.data, fit.held_out)
+        ]
+        self.marks: dict[str, Any] | None = None  # of the first one
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.first_epoch = 0
         self.restored: _Restored | None = None
+        self.is_there = False  # whether an earlier fit has left the model at the newest checkpoint
         self.own: dict[str, Any] = {}  # what the checkpoint holds of this process
         self.is_skipping = False  # until the first batch that has not been trained on
+        self.is_inside = False  # whether the checkpoint is from inside an epoch, behind its `on_epoch_begin`
         self.stale = 0  # batches that Keras holds from before the data was rewound
         self.reader = _Reader(iter(()))
         self.epoch = self.base = self.before = 0  # `base` and `before`: batches before this epoch, of reader and run
@@ -2604,28 +2632,38 @@ class _Run:
     def _check(self) -> None:
         """Raises before anything is restored what a save would raise."""
         self.manager._start_run()
-        for member in self._members():
-            member.copy()  # again: what other callbacks have just opened, such as files, cannot be saved
+        for member in filter(None, [*self.callback._stateful, *self.datasets]):
+            member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
         iterator, resumable = self.fit.epoch_iterator, self.resumable
         if resumable is not None and (iterator.steps_per_epoch is None or resumable.drawn == resumable.drawn_before):
             raise ValueError(
-                "checkpoint.resumable(data) was called, but fit does not read what it returned, or is not told where "
-                "an epoch ends. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
+                "checkpoint.resumable(data) was called, but what it returned was not passed to fit, or steps_per_epoch "
+                "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
-        if self.dataset is not None and not _state_methods(self.fit.data):
+        if self.datasets[0] and _overridden(self.fit.data) and not _state_methods(self.fit.data):
             self.marks = _marks(self.fit.data)
             opaque = [name for name, mark in self.marks.items() if mark is None]
-            _warn_of_dataset(self.fit.data, opaque, "may change there what cannot be saved")
+            _warn_of_dataset(self.fit.data, opaque, "may change attributes that cannot be saved")
+        if isinstance(self.fit.held_out, types.GeneratorType):
+            _warn(
+                "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
+                "run validates on other batches. Use arrays or a dataset.",
+                stacklevel=6,
+            )
+        others = [name for name, value in vars(self.model).items() if isinstance(value, keras.optimizers.Optimizer)]
+        if others := [name for name in others if getattr(self.model, name) is not self.model.optimizer]:
+            _warn(
+                f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
+                "objects with get_state and set_state in stateful.",
+                stacklevel=6,
+            )
         if _has_workers(self.fit) and iterator.data_adapter.shuffle:
             _warn(
                 f"{type(self.fit.data).__name__} has workers={self.fit.data.workers}: with shuffle=True, Keras carries "
-                "batches over from one epoch to the next, so a run that is interrupted continues with other batches. "
-                "Use workers=1, or shuffle=False.",
+                "batches over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or "
+                "shuffle=False.",
                 stacklevel=6,
             )
-
-    def _members(self) -> list[_Stateful]:
-        return [*self.callback._stateful, *([self.dataset] if self.dataset else [])]
 
     def _data_of(self, name: str) -> Any:
         """What the checkpoint that is being continued says of the position in the data."""
@@ -2633,18 +2671,21 @@ class _Run:
 
     def _restore(self) -> "_Restored | None":
         """Restores the newest checkpoint, unless an earlier `fit` of this callback has left the model there."""
-        if self.callback._has_run:
+        if self.callback._epochs_done:
             compared: list[_Unchanged] = []
 
             def compare(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, Any]]:
                 self._plan(step, record, path)
-                groups = _variables(self.model, optimizer=False) if record is not None and not record.unfinished else {}
+                is_whole = record is not None and not record.unfinished
+                is_of_here = is_whole and self.start.epoch <= self.callback._epochs_done
+                groups = _variables(self.model, optimizer=False) if is_of_here else {}
                 groups = {group: {n: _Unchanged(v) for n, v in members.items()} for group, members in groups.items()}
                 compared[:] = itertools.chain(*(members.values() for members in groups.values()))
                 return groups
 
             restored = self.manager._restore(None, compare)
-            if all(_gather(bool(compared) and all(each.is_equal for each in compared))):
+            self.is_there = all(_gather(bool(compared) and all(each.is_equal for each in compared)))
+            if self.is_there or restored is None:
                 return restored
         return self.manager._restore(None, self._plan, donate=True)
 
@@ -2656,7 +2697,7 @@ class _Run:
         if problems := self._differences(step, record):
             raise CheckpointMismatchError(
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
-                "changed. Give what the run was begun with, or use another directory."
+                "changed. Use the same data and settings as before, or another directory."
             )
         return _variables(self.model, metrics=record is not None and _GROUPS[3] in record.variables)
 
@@ -2665,9 +2706,9 @@ class _Run:
         problems, start, iterator = [], self.start, self.fit.epoch_iterator
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
-            _warn(f"The checkpoint has no state of stateful objects: {given} start afresh.", stacklevel=8)
+            _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.", stacklevel=8)
         elif saved is not None and saved != given:
-            problems.append(f"it was saved with stateful={saved}, but stateful={given} is given")
+            problems.append(f"it was saved with stateful={saved}, but now stateful={given} was passed")
         if self.first_epoch >= self.epochs:
             return problems
         following = self._step(start.epoch, self._batches_at(start) + 1)
@@ -2676,20 +2717,22 @@ class _Run:
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
+        if not self.first_epoch and self.fit.initial_epoch:  # which Keras would prefer to 0
+            problems.append(f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed")
         if saved is None:
             if iterator.steps_per_epoch is not None:
-                problem = "this callback did not save it, so it is not known how much of the data has been read"
+                problem = "this callback did not save it, so the position in the data is unknown"
                 _warn(f"Step {step}: {problem}. The data starts from its beginning.", stacklevel=8)
             return problems
         if record.is_resumable and self.resumable is None:
-            problems.append("fit read checkpoint.resumable(data) then, and now reads other data")
+            problems.append("fit read checkpoint.resumable(data) then, but now reads other data")
         batches, now = record.num_batches, iterator.num_batches
         if start.batch and batches and now and batches != now:
             lengths = f"{batches} batches, and now an epoch has {now}"
             problems.append(f"it is inside an epoch of {lengths}: the batch size or the data has changed")
         if start.batch % self.model.steps_per_execution and not record.is_trained:
             calls = f"steps_per_execution={self.model.steps_per_execution}"
-            problems.append(f"it is after {start.batch} batches of an epoch, which is no multiple of {calls}")
+            problems.append(f"it is after {start.batch} batches of an epoch, which is not a multiple of {calls}")
         return problems
 
     def _say_loaded(self, script_rate: float | None) -> None:
@@ -2703,7 +2746,7 @@ class _Run:
             line += f", after batch {start.batch}" if start.batch else ""
         differs = None not in (rate, script_rate) and rate != script_rate
         rates = f", with the learning rate {rate:g} instead of the script's {script_rate:g}" if differs else ""
-        self.say("Load Orbax checkpoint on_train_begin.")
+        self.say("The model is left as it is." if self.is_there else "Load Orbax checkpoint on_train_begin.")
         self.say(f"{line} (step {self.restored.step} in {self.manager.directory}){rates}.")
 
     def _continue(self) -> None:
@@ -2715,17 +2758,19 @@ class _Run:
         self._put_back()
         for history in self._histories() if "history" in self.own else ():
             vars(history).update(_copied(self.own["history"]))
-        if "random" in self.own:
+        if "random" in self.own and not self.is_there:
             _set_random_state(self.own["random"])
-        self.is_skipping = bool(self.start.batch or self._data_of("count"))
+        self.is_inside = self.restored.record is not None and self.restored.record.unfinished
+        self.is_skipping = bool(self.is_inside or self._data_of("count"))
         _start_at_epoch(self.model, self.first_epoch)
 
     def _put_back(self) -> None:
         """What belongs to the run beside the variables and the random state."""
         for member, state in zip(self.callback._stateful, self.own.get("stateful", ())):
             member.put(state)
-        if self.dataset is not None and self.own.get("dataset") is not None:
-            self.dataset.put(self.own["dataset"])
+        for dataset, state in zip(self.datasets, self.own.get("datasets", ())):
+            if dataset is not None and state is not None:
+                dataset.put(state)
         _are_averages_in(self.fit, self.own.get("averages"))
 
     def _histories(self) -> list[keras.callbacks.History]:
@@ -2735,13 +2780,14 @@ class _Run:
 
     def begin_epoch(self, epoch: int) -> None:
         """The very end of `on_epoch_begin`."""
+        _start_at_epoch(self.model, None)  # fit has read it, and a callback may fit as well
         self.epoch, self.before, self.base = epoch, self.batches, self.reader.count
         self.is_trained, self.before_validation = False, None
         if self.is_skipping:
             self.before -= self.start.batch
-            self.random_after = self.own["random"] if self.start.batch else _random_state()
-            if self._data_of("random"):
-                _set_random_state(self._data_of("random"))  # the data may ask its own `on_epoch_begin` next
+            self.random_after = self.own["random"] if self.is_inside else _random_state()
+            if self._data_of("origin"):
+                _set_random_state(self._data_of("origin")["random"])  # the dataset's `on_epoch_begin` may draw next
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
         """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
@@ -2762,20 +2808,34 @@ class _Run:
 
     def _open(self, iterator: Iterator) -> None:
         """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
-        self.reader, self.base = _Reader(iterator), 0
+        self.reader, self.base = _Reader(iterator, self._origin), 0
         for _ in range(self.stale):
             next(iterator)
         self.stale = 0
+        is_long = self.datasets[0] is not None and self.fit.epoch_iterator.steps_per_epoch is not None
+        if is_long and _overridden(self.fit.data) and _reads_ahead(iterator):
+            problem = "is read ahead by Keras from one epoch into the next (steps_per_epoch), across these hooks"
+            _warn_of_dataset(self.fit.data, [type(self.fit.data).__name__], problem)
         if not self.is_skipping:
             return
-        self._put_back()  # for the dataset, after its own `on_epoch_begin`
-        count = self._data_of("count") or 0
+        count, origin = self._data_of("count") or 0, self._data_of("origin")
         if count:
-            _set_random_state(self._data_of("random"))
+            now = self._origin()
+            self._set_origin(origin)
             self._skip(count)
             self._compare_last()
+            self._set_origin(now)
         self.base = count - self.start.batch
         _count_as_seen(self.fit, self.base)
+
+    def _origin(self) -> dict[str, Any]:
+        """What decides the batches of a pass over the data."""
+        return {"random": _random_state(), "dataset": self.datasets[0] and self.datasets[0].copy()}
+
+    def _set_origin(self, origin: Mapping[str, Any]) -> None:
+        _set_random_state(origin["random"])
+        if self.datasets[0] is not None and origin["dataset"] is not None:
+            self.datasets[0].put(origin["dataset"])
 
     def _skip(self, count: int) -> None:
         for number in range(count):
@@ -2789,7 +2849,7 @@ class _Run:
             except StopIteration:
                 raise CheckpointMismatchError(
                     f"The data ends after {number} batches, but the checkpoint of step {self.restored.step} was made "
-                    f"after {count}. Nothing was changed on disk. Give fit the data of the run that you continue."
+                    f"after {count}. Nothing was changed on disk. Pass fit the same data as before."
                 ) from None
 
     def _compare_last(self) -> None:
@@ -2801,20 +2861,22 @@ class _Run:
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
                 f"The checkpoint of step {step} was made with batches of shapes {saved['shapes']}, and now they have "
-                f"{found['shapes']}: the batch size or the data has changed. Nothing was changed on disk. Give fit the "
-                "data of the run that you continue, or use another directory."
+                f"{found['shapes']}: the batch size or the data has changed. Nothing was changed on disk. Pass fit "
+                "the same data as before, or use another directory."
             )
+        if self.datasets[0] is not None and self.reader.count > self.start.batch:
+            return  # it may have changed since this pass began, in an earlier epoch
         _warn(
-            f"The data is not what the run was trained on until step {step}: the last batch skipped has other content. "
-            "Training continues, but not as an uninterrupted run would. Seed what makes the data; make a generator "
-            "anew for each fit, or give fit checkpoint.resumable(iterator).",
+            f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
+            "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
+            "for each fit, or pass checkpoint.resumable(iterator) to fit.",
             stacklevel=6,
         )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
         """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
         self.is_skipping = False
-        if self.start.batch:
+        if self.is_inside:
             self._put_back_variables()
             self._put_back()
         _set_random_state(self.random_after)
@@ -2834,30 +2896,32 @@ class _Run:
     # Validation, and the end of an epoch.
 
     def _end_training(self) -> None:
-        """All batches of the epoch have been trained on."""
+        """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
         self.is_trained = True
-        self.references = _references(_train_state(self.model)[:2])
+        trainable, fixed, _, metrics = _train_state(self.model)
+        if self.fit.held_out is None or self.model.stop_training:
+            return
+        self.references = _references([trainable, fixed])
+        # Large ones are assumed to be frozen weights.
+        small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed]
+        metrics = [jax.numpy.copy(variable.value) for variable in metrics]
+        states = [member.copy_before_validation() for member in self.callback._stateful]
+        datasets = [dataset and dataset.copy() for dataset in self.datasets]
+        self.before_validation = small, metrics, states, datasets, _random_state()
 
     def begin_validation(self) -> None:
-        """Notes what validation may change: interrupted, it starts again when the run is continued."""
-        weights = _train_state(self.model)[:2]
-        if not self.is_trained or self.model.stop_training or _are_replaced(self.references, weights):
-            return  # another callback has exchanged weights, and does so again in the end: a signal has to wait
-        # What is large does not change: it is frozen weights.
-        small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in weights[1]]
-        metrics = [jax.numpy.copy(variable.value) for variable in self.model.metrics_variables]
-        states = [member.copy_before_validation() for member in self.callback._stateful]
-        self.before_validation = small, metrics, states, _random_state()
+        if self.before_validation and _are_replaced(self.references, _train_state(self.model)[:2]):
+            self.before_validation = None  # another callback has swapped weights until validation ends: signals wait
 
     def validate(self) -> None:
         """Called before each batch of validation."""
         if self.before_validation is None or not self.preemption.is_due():
             return
         self.model.jax_state_sync()
-        small, metrics, states, random_state = self.before_validation
+        small, metrics, states, datasets, random_state = self.before_validation
         trained, fixed, optimizer, _ = _values(_train_state(self.model))
         fixed = [new if old is None else old for old, new in zip(small, fixed)]
-        own = self._belongings() | {"random": random_state}
+        own = self._belongings() | {"random": random_state, "datasets": datasets}
         own["stateful"] = [new if old is None else old for old, new in zip(states, own["stateful"])]
         self._save_inside((trained, fixed, optimizer, metrics), own)
 
@@ -2867,7 +2931,7 @@ class _Run:
         if self.marks is not None:
             marks, self.marks = self.marks, None
             changed = [name for name, mark in _marks(self.fit.data).items() if mark != marks.get(name, mark)]
-            _warn_of_dataset(self.fit.data, changed, "has changed there what is not saved, because it looks like data")
+            _warn_of_dataset(self.fit.data, changed, "has changed attributes that look like data and are not saved")
         is_stopped = self.model.stop_training
         is_last, is_leaving = is_stopped or epoch + 1 >= self.epochs, self.preemption.is_due()
         if self.callback._save_freq == "epoch" or is_last or is_leaving or self._is_due():
@@ -2895,17 +2959,20 @@ class _Run:
         if self.preemption is not None:
             self.preemption.put_back()
         self.manager._fitting, self.before_validation, self.is_trained = False, None, False
-        callback._has_run = callback._has_run or is_complete
+        callback._epochs_done = max(callback._epochs_done, self.epochs * is_complete)
         if self.resumable is not None:
             self.resumable.drawn_before = self.resumable.drawn
         try:
             self.manager.wait_until_finished()
         except Exception as error:
             self.failure = error
+        is_error = not is_complete and isinstance(sys.exc_info()[1], Exception)
+        if is_error and self.preemption is not None and self.preemption.received is not None:
+            signal.raise_signal(self.preemption.received)  # what fit raises must not hide it
         if not is_complete:
             callback._run = None
             if self.failure is not None:  # not to hide the first error
-                warnings.warn(f"The last save has failed as well: {self.failure!r}", stacklevel=2)
+                warnings.warn(f"The last save failed as well: {self.failure!r}", stacklevel=2)
 
     def finish(self) -> None:
         """The very end of a `fit` that has trained all its epochs."""
@@ -2944,7 +3011,7 @@ class _Run:
             "random": _random_state(),
             "data": self._position_in_data(is_epoch_end),
             "stateful": [member.get() for member in self.callback._stateful],
-            "dataset": self.dataset and self.dataset.get(),
+            "datasets": [dataset and dataset.get() for dataset in self.datasets],
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
@@ -2956,23 +3023,25 @@ class _Run:
             return {"state": self.resumable.state(self.reader.count)}
         if not self.reader.count or (is_epoch_end and not _goes_on(self.fit, self.reader.iterator)):
             return {"count": 0}
-        # In validation, a dataset has been asked its `on_epoch_end` already, and draws other batches.
-        is_known = self.reader.last is not None and not (self.is_trained and self.dataset)
-        last = _fingerprint(self.reader.last) if is_known else None
-        return {"count": self.reader.count, "random": self.reader.random, "last": last}
+        last = self.reader.last  # none where the data has ended inside an execution of several steps
+        last = None if last is None else _fingerprint(last)
+        return {"count": self.reader.count, "origin": self.reader.origin, "last": last}
 
     def _save(self, position: _Position, metrics: Any, own: dict[str, Any], **further: Any) -> bool:
-        started = self.manager._save(
-            self._step(self.epoch, self.batches),
-            position,
-            metrics,
-            own=own,
-            stateful=[member.name for member in self.callback._stateful],
-            num_batches=self.fit.epoch_iterator.num_batches,
-            is_resumable=self.resumable is not None,
-            is_trained=self.is_trained,
-            **further,
-        )
+        notes = {
+            "stateful": [member.name for member in self.callback._stateful],
+            "num_batches": self.fit.epoch_iterator.num_batches,
+            "is_resumable": self.resumable is not None,
+            "is_trained": self.is_trained,
+        }
+        try:
+            started = self.manager._save(
+                self._step(self.epoch, self.batches), position, metrics, own=own, **notes, **further
+            )
+        except TypeError:
+            for member in self.callback._stateful:
+                member.copy()  # names it, if it is the state of one of these that cannot be saved
+            raise
         self.saved, self.saved_at = self.batches, time.monotonic()
         self.on_disk = self.batches if started else self.on_disk
         return started
@@ -3003,7 +3072,7 @@ class _Run:
     def say(self, line: str) -> None:
         if self.callback._verbose and jax.process_index() == 0:
             # Keras's progress bar leaves its line open until all callbacks have seen the end of the epoch.
-            is_open = line.startswith("Save") and self.callback.params.get("verbose") in ("auto", 1)
+            is_open = line.startswith("Save") and (self.callback.params or {}).get("verbose") in ("auto", 1)
             print("\n" * is_open + line, flush=True)
 
 
@@ -3031,9 +3100,11 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """Saves the whole training state during `fit`, and continues from it when `fit` starts.
 
     The same script run again continues with the batch after the newest checkpoint and stops at the same
-    `epochs`. Batches of the epoch that were trained on already are skipped. A run that is complete, or that
-    another callback has stopped, loads its final state and returns. `fit` returns when everything is
-    committed to disk. A `fit` takes one such callback; its place in the list of callbacks does not matter.
+    `epochs`. Batches of that epoch already trained on are skipped, so the data must come in the same order. If
+    the run is complete, or was stopped by another callback, `fit` loads the final state and returns. `fit`
+    returns when everything is committed to disk. Pass one such callback per `fit`, anywhere in the list. A
+    second `fit` in the same process continues likewise; a model that is at the newest checkpoint already is
+    left as it is, so that it may be compiled anew in between.
 
     Example:
 
@@ -3043,35 +3114,38 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     Args:
         model: The `keras.Model` that will be fitted, compiled, on the JAX backend.
         checkpoint_dir: Directory of the checkpoints, `str` or path-like; relative paths and `~` work, and
-            `gs://bucket/path`. Made if it is not there. Several processes have to share it.
+            `gs://bucket/path`. Created if missing. All processes must share it.
         max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
             a `datetime.timedelta`, at the first batch after that time. The last state of a run is saved in
             any case. The step is the number of train batches completed, unless it is `"epoch"`.
             Defaults to `"epoch"`.
-        monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Then the `max_to_keep`
-            checkpoints that are best by it are kept, and always the newest too. Defaults to None.
-        mode: `"min"` or `"max"` of `monitor` is best; `"auto"` asks the model's metrics. Defaults to `"auto"`.
-        stateful: Other objects that belong to the run: Keras callbacks, and objects with `get_state` and
-            `set_state` or `state_dict` and `load_state_dict`. Callbacks come back with the attributes that
-            have changed since this callback was made. Iterators over data go to `resumable()` instead.
+        monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Keeps the `max_to_keep` best
+            checkpoints by this metric, and always the newest. Defaults to None.
+        mode: Whether lower (`"min"`) or higher (`"max"`) is better; `"auto"` takes it from the model's metrics.
+            Defaults to `"auto"`.
+        stateful: Other objects whose state is saved: Keras callbacks (also passed to `fit`), and objects with
+            `get_state` and `set_state` or `state_dict` and `load_state_dict`. For a callback, the attributes
+            changed since this callback was created are restored. For data iterators, use `resumable()`.
             Defaults to `()`.
         preemption_signals: Signals on which the state is saved within a batch, and the process exits with
-            128 + signal (`KeyboardInterrupt` for SIGINT). Earlier Python handlers are called once it is
-            saved, and put back when `fit` ends. Defaults to SIGTERM.
+            128 + signal: 143 for SIGTERM (`KeyboardInterrupt` for SIGINT). Earlier Python handlers are called
+            once it is saved, and put back when `fit` ends. Defaults to SIGTERM.
         verbose: 1 prints a line for every save and load, 0 prints nothing. Defaults to 1.
-        **kwargs: `compression`, and fields of `orbax.checkpoint.CheckpointManagerOptions`.
+        **kwargs: `compression=True` compresses with zstd; all else are fields of
+            `orbax.checkpoint.CheckpointManagerOptions`.
 
     Attributes:
         checkpoint_manager: The `KerasOrbaxCheckpointManager`.
 
     Raises:
-        ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX. In `fit`: the
-            model is another one, or two of these callbacks are given.
+        ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX. In `fit`: it
+            fits another model, or was given two of these callbacks.
         TypeError: A keyword is neither ours nor Orbax's, or the state of a `stateful` object cannot be saved.
         OSError: The directory cannot be written to.
-        CheckpointMismatchError: In `fit`: the newest checkpoint is of another model, or of other data.
+        CheckpointMismatchError: In `fit`: the newest checkpoint is of another model, or the run continues inside
+            an epoch whose batches have another number or shape. Other content is a warning.
         CheckpointError: In `fit`: a save has failed.
     """
 
@@ -3107,13 +3181,13 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._verbose = verbose
         self._resumable: _Resumable | None = None
         self._run: _Run | None = None
-        self._has_run = False  # a fit has ended where its last checkpoint was saved
+        self._epochs_done = 0  # by the fits of this callback
 
     def resumable(self, data: Any) -> Iterator[Any]:
-        """Batches for `fit` of an iterator or loader whose position is saved with each checkpoint.
+        """Wraps a data iterator or loader so that its position is saved with each checkpoint.
 
-        A run that is continued starts with the first batch that was not trained on, however far Keras has
-        read ahead, and nothing is read twice or skipped. When `data` ends, it starts again.
+        A resumed run starts with the first batch not yet trained on, even if Keras had read ahead; no batch is
+        repeated or lost. When `data` ends, it restarts from the beginning.
 
         Example:
 
@@ -3126,10 +3200,10 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 as `fit` takes them: tuples of inputs, targets, and sample weights.
 
         Returns:
-            A generator, one batch for each of `data`, without end: `fit` needs `steps_per_epoch`.
+            An endless generator over the batches of `data`; pass `steps_per_epoch` to `fit`.
 
         Raises:
-            TypeError: `data` has no such methods.
+            TypeError: `data` lacks these methods.
         """
         self._resumable = _Resumable(data)
         return self._resumable.generator
@@ -3137,7 +3211,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def __deepcopy__(self, memo: Any) -> "OrbaxCheckpointCallback":
         raise TypeError(
             "OrbaxCheckpointCallback cannot be copied, because it belongs to one model and one directory: with "
-            "KerasTuner, make it in HyperModel.fit() and not in the arguments of search()."
+            "KerasTuner, make it in HyperModel.fit() instead of passing it to search()."
         )
 
     # Hooks, in the order in which fit calls them. All run behind those of the other callbacks.
@@ -3146,8 +3220,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         fit = _fit_around(self)
         if sum(isinstance(each, OrbaxCheckpointCallback) for each in fit.callbacks.callbacks) > 1:
             raise ValueError(
-                "fit takes one OrbaxCheckpointCallback, and was given several. Nothing was trained. For a second "
-                "directory, use keras.callbacks.ModelCheckpoint, or save_state() of a manager in a callback."
+                "fit takes one OrbaxCheckpointCallback, and was given several, or one twice. Nothing was trained. For "
+                "a second directory, use keras.callbacks.ModelCheckpoint, or save_state() of a manager in a callback."
             )
         if self._model is not self._fitted_model:
             raise ValueError(
