@@ -2246,8 +2246,8 @@ def test_twenty_kills_at_random_instants_always_leave_a_restorable_checkpoint(fr
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls fail")
 def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_goes_on(uninterrupted, tmp_path):
-    number = random.randrange(10**6)
-    print("seed", number)
+    number = int(os.environ.get("FAULT_SEED", 0))
+    print("FAULT_SEED", number)
     draw, options = random.Random(number), {"data": "in order", "save_freq": "3 batches", "max_to_keep": 1}
     for _ in range(8):
         call = draw.choice(["openat", "write", "fsync", "rename", "mkdir", "unlinkat"])
@@ -2268,7 +2268,8 @@ def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_go
         if code == 0:
             assert_same_end(work, uninterrupted(data="in order"))
         else:
-            assert "Error" in log or code < 0, (fault, code, log)
+            is_mute = call == "write" and fault.endswith("+")  # it cannot say anything
+            assert "Error" in log or code < 0 or is_mute, (fault, code, log)
         run_to_its_end(work, **options)
         assert_same_end(work, uninterrupted(data="in order"))
 
