@@ -65,6 +65,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring"),  # plain Orbax as an oracle
     pytest.mark.filterwarnings("ignore:Your input ran out of data"),  # where an epoch ends with a pass over the data
     pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),  # half written by a killed process
+    pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),  # Orbax 0.11.20, by way of nest_asyncio
     # Where one of Orbax's reads fails, the others end in a closed event loop.
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
 ]
