@@ -923,20 +923,6 @@ def _learning_rate(model: keras.Model) -> float | None:
     return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
 
 
-class _Unchanged:
-    """A variable that keeps its value, and says whether what would have been restored is equal."""
-
-    def __init__(self, variable: keras.Variable):
-        self._variable, self.is_equal = variable, True
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._variable, name)
-
-    def assign(self, array: jax.Array) -> None:
-        pairs = zip(array.addressable_shards, self._variable.value.addressable_shards)
-        self.is_equal = all(np.asarray(a.data).tobytes() == np.asarray(b.data).tobytes() for a, b in pairs)
-
-
 class _Source(NamedTuple):
     """A live variable and the saved one that it takes its value from."""
 
@@ -1026,6 +1012,9 @@ _SCRIPTS_OWN = (  # functions, classes and the like: what the script sets anew
 )
 
 
+_PLAIN = (bool, int, float, str, type(None), np.generic)
+
+
 def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     for get, put in (("get_state", "set_state"), ("state_dict", "load_state_dict")):
         if hasattr(member, get) and hasattr(member, put):
@@ -1064,7 +1053,7 @@ class _Stateful:
         if methods := _state_methods(member):
             self.get, self._put = methods
         elif isinstance(member, keras.utils.PyDataset):
-            self._initial = {name: _mark(value) for name, value in _dataset_attributes(member).items()}
+            self._initial = {name: v for name, v in _dataset_attributes(member).items() if isinstance(v, _PLAIN)}
             self.get, self._put = self._order, vars(member).update
         elif is_keras:
             self._initial = {}
@@ -1112,12 +1101,9 @@ class _Stateful:
         vars(self.member).update(_copied(self._initial) | changed)
 
     def _order(self) -> dict[str, Any]:
-        """A dataset's attributes that are no data: small arrays, lists and generators, and what else has changed."""
-        return {
-            name: value
-            for name, value in _dataset_attributes(self.member).items()
-            if _is_order(value) and (_is_small(value) or _mark(value) != self._initial.get(name))
-        }
+        """A dataset's attributes that are no data, without numbers and texts as the script has set them."""
+        attributes = {name: value for name, value in _dataset_attributes(self.member).items() if _is_order(value)}
+        return {n: v for n, v in attributes.items() if not isinstance(v, _PLAIN) or v != self._initial.get(n, ...)}
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -1220,10 +1206,9 @@ class _Resumable:
 
 
 # A PyDataset may change itself between epochs: typically it shuffles an index. Its lists, random generators and
-# one-dimensional arrays are saved, and numbers and texts that have changed. Other arrays are assumed to be the data.
+# one-dimensional arrays are saved, and numbers and texts that have changed. Larger arrays are assumed to be the data.
 
-_ORDER_BYTES = 2**26  # a larger array is data
-_SMALL_ORDER = 2**14  # elements; a larger array or list is saved once it has changed
+_ORDER_BYTES = 2**26
 
 
 def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
@@ -1231,29 +1216,16 @@ def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
     return {n: v for n, v in vars(dataset).items() if n not in own and not isinstance(v, _SCRIPTS_OWN)}
 
 
-def _is_small(value: Any) -> bool:
-    if isinstance(value, (np.ndarray, jax.Array)):
-        return value.size <= _SMALL_ORDER
-    if isinstance(value, (list, tuple, set, dict)):
-        return len(value) <= _SMALL_ORDER
-    return isinstance(value, (np.random.Generator, np.random.RandomState, random.Random))
-
-
-def _mark(value: Any) -> Any:
-    """What tells cheaply whether a value has changed; None for objects of which nothing is known."""
-    if isinstance(value, (np.ndarray, jax.Array)):
-        return value.shape, zlib.crc32(np.asarray(value[:64] if value.ndim else value).tobytes())
-    if isinstance(value, (list, tuple, set, dict)):
-        members = value.values() if isinstance(value, dict) else value
-        return len(value), [id(each) for each in itertools.islice(members, 64)]
-    return (value,) if value is None or isinstance(value, (bool, int, float, str, np.generic)) else None
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (np.ndarray, jax.Array))
 
 
 def _is_order(value: Any) -> bool:
-    if isinstance(value, (np.ndarray, jax.Array)):
+    if _is_array(value):
         return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and not isinstance(value, np.memmap)
     if isinstance(value, (list, tuple, set, dict)):
-        return all(map(_is_order, value.values() if isinstance(value, dict) else value))
+        members = value.values() if isinstance(value, dict) else value
+        return all(isinstance(each, _PLAIN) or _is_order(each) for each in members)
     return _is_saveable(value)
 
 
@@ -1264,9 +1236,10 @@ def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
     return [name for name in hooks if getattr(type(dataset), name) is not getattr(base, name)]
 
 
-def _marks(dataset: keras.utils.PyDataset) -> dict[str, Any]:
-    """The marks of what of a dataset is not saved."""
-    return {name: _mark(value) for name, value in _dataset_attributes(dataset).items() if not _is_order(value)}
+def _marks(dataset: keras.utils.PyDataset) -> dict[str, int | None]:
+    """Checksums of the first rows of arrays that are not saved; None for what nothing is known of."""
+    others = {name: value for name, value in _dataset_attributes(dataset).items() if not _is_order(value)}
+    return {n: zlib.crc32(np.asarray(v[:64]).tobytes()) if _is_array(v) else None for n, v in others.items()}
 
 
 def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], problem: str) -> None:
@@ -2584,7 +2557,7 @@ class _Run:
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.first_epoch = 0
         self.restored: _Restored | None = None
-        self.is_there = False  # whether an earlier fit has left the model at the newest checkpoint
+        self.keeps_optimizer = False  # because the model was compiled anew behind an earlier fit
         self.own: dict[str, Any] = {}  # what the checkpoint holds of this process
         self.is_skipping = False  # until the first batch that has not been trained on
         self.is_inside = False  # whether the checkpoint is from inside an epoch, behind its `on_epoch_begin`
@@ -2616,7 +2589,7 @@ class _Run:
         """The very end of `on_train_begin`, behind all other callbacks."""
         self._check()
         rate = _learning_rate(self.model)
-        self.restored = self._restore()
+        self.restored = self.manager._restore(None, self._plan, donate=True)
         self.own = (self.restored and self.restored.own) or {}
         self.saved = self.before = self._batches_at(self.start)
         if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
@@ -2671,26 +2644,6 @@ class _Run:
         """What the checkpoint that is being continued says of the position in the data."""
         return (self.own.get("data") or {}).get(name)
 
-    def _restore(self) -> "_Restored | None":
-        """Restores the newest checkpoint, unless an earlier `fit` of this callback has left the model there."""
-        if self.callback._epochs_done:
-            compared: list[_Unchanged] = []
-
-            def compare(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, Any]]:
-                self._plan(step, record, path)
-                is_whole = record is not None and not record.unfinished
-                is_of_here = is_whole and self.start.epoch <= self.callback._epochs_done
-                groups = _variables(self.model, optimizer=False) if is_of_here else {}
-                groups = {group: {n: _Unchanged(v) for n, v in members.items()} for group, members in groups.items()}
-                compared[:] = itertools.chain(*(members.values() for members in groups.values()))
-                return groups
-
-            restored = self.manager._restore(None, compare)
-            self.is_there = all(_gather(bool(compared) and all(each.is_equal for each in compared)))
-            if self.is_there or restored is None:
-                return restored
-        return self.manager._restore(None, self._plan, donate=True)
-
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
         """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
         self.start = start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
@@ -2701,7 +2654,10 @@ class _Run:
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
                 "changed. Use the same data and settings as before, or another directory."
             )
-        return _variables(self.model, metrics=record is not None and _GROUPS[3] in record.variables)
+        is_of_here = record is not None and not record.unfinished and start.epoch <= self.callback._epochs_done
+        self.keeps_optimizer = is_of_here and self.model.optimizer is not self.callback._optimizer
+        metrics = record is not None and _GROUPS[3] in record.variables
+        return _variables(self.model, optimizer=not self.keeps_optimizer, metrics=metrics)
 
     def _differences(self, step: int, record: _Record | None) -> list[str]:
         """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
@@ -2748,8 +2704,9 @@ class _Run:
             line += f", after batch {start.batch}" if start.batch else ""
         differs = None not in (rate, script_rate) and rate != script_rate
         rates = f", with the learning rate {rate:g} instead of the script's {script_rate:g}" if differs else ""
-        self.say("The model is left as it is." if self.is_there else "Load Orbax checkpoint on_train_begin.")
-        self.say(f"{line} (step {self.restored.step} in {self.manager.directory}){rates}.")
+        kept = ", with the optimizer that the model has been compiled with since" if self.keeps_optimizer else ""
+        self.say("Load Orbax checkpoint on_train_begin.")
+        self.say(f"{line} (step {self.restored.step} in {self.manager.directory}){rates}{kept}.")
 
     def _continue(self) -> None:
         """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
@@ -2760,7 +2717,7 @@ class _Run:
         self._put_back()
         for history in self._histories() if "history" in self.own else ():
             vars(history).update(_copied(self.own["history"]))
-        if "random" in self.own and not self.is_there:
+        if "random" in self.own:
             _set_random_state(self.own["random"])
         self.is_inside = self.restored.record is not None and self.restored.record.unfinished
         self.is_skipping = bool(self.is_inside or self._data_of("count"))
@@ -2961,7 +2918,8 @@ class _Run:
         if self.preemption is not None:
             self.preemption.put_back()
         self.manager._fitting, self.before_validation, self.is_trained = False, None, False
-        callback._epochs_done = max(callback._epochs_done, self.epochs * is_complete)
+        if is_complete:
+            callback._epochs_done, callback._optimizer = max(callback._epochs_done, self.epochs), self.model.optimizer
         if self.resumable is not None:
             self.resumable.drawn_before = self.resumable.drawn
         try:
@@ -3105,8 +3063,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     `epochs`. Batches of that epoch already trained on are skipped, so the data must come in the same order. If
     the run is complete, or was stopped by another callback, `fit` loads the final state and returns. `fit`
     returns when everything is committed to disk. Pass one such callback per `fit`, anywhere in the list. A
-    second `fit` in the same process continues likewise; a model that is at the newest checkpoint already is
-    left as it is, so that it may be compiled anew in between.
+    second `fit` in the same process continues likewise; a model that was compiled anew in between keeps its new
+    optimizer.
 
     Example:
 
@@ -3184,6 +3142,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._resumable: _Resumable | None = None
         self._run: _Run | None = None
         self._epochs_done = 0  # by the fits of this callback
+        self._optimizer: keras.optimizers.Optimizer | None = None  # of the last of them
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
