@@ -78,6 +78,7 @@ import pathlib
 import random
 import re
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -2068,6 +2069,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix")
         self._saving = None  # the step and the id of the save that is on its way
+        self._is_writing = False  # until it is committed or has failed
         self._known = {}  # what retention has to know of the steps, by path
         self._fitting = False  # the callback asks JAX for signals then
         self._meetings = _Meetings()
@@ -2162,6 +2164,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _tidy(self) -> None:
         """After each commit."""
+        self._is_writing = False
         if jax.process_index() == 0:
             _remove_leftovers(self.directory, self._prefix)
 
@@ -2257,6 +2260,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Hands a save to Orbax, which goes on with it in the background."""
         self._arrays.save = self._rows.save = self._meetings.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
+        self._is_writing = True
         try:
             _entries(self.directory)  # raises where it has been removed: Orbax would make another one
             self.save(
@@ -2376,7 +2380,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _end_failed(self, step: int | None, save: str | None, error: Exception) -> None:
         """Raises for a save that has failed. A warning, where it is committed for all that."""
-        self._saving = None
+        self._saving, self._is_writing = None, False
         _SAVING.discard(self)
         self._settle()
         is_committed = False
@@ -2396,6 +2400,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         _warn(f"Step {step} in {self.directory} is saved, but not all of what follows was done. {text}", stacklevel=4)
 
     def _commit_failed(self, error: BaseException) -> None:
+        self._is_writing = False
         self._meetings.give_up(error)
 
     def reached_preemption(self, step: int) -> bool:
@@ -2542,6 +2547,48 @@ _PROGRESS_SECONDS = 5.0  # between two lines about skipping
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
+class _Pace:
+    """When `save_freq="auto"` saves: as often as that takes no more than `_SHARE` of the time, as measured on the way."""
+
+    _SHARE = 0.03
+
+    def __init__(self, size: int):
+        self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
+        self._guess = size / 1e9  # of the seconds that the first will take
+        self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
+        self._start, self._last = time.monotonic(), None
+
+    @property
+    def cost(self) -> float:
+        return self._blocked + max(self._slower, 0)
+
+    @property
+    def share(self) -> float:
+        return self.cost / (time.monotonic() - self._start)
+
+    def count_batch(self, is_writing: bool) -> None:
+        """Called between batches. Batches are slower while a save is being written."""
+        last, self._last = self._last, time.monotonic()
+        if last is not None and not is_writing:
+            self._usual.append(self._last - last)
+        elif last is not None and self._usual:
+            self._slower += self._last - last - statistics.median(self._usual)
+
+    def pause(self) -> None:
+        """Something else than a batch comes next."""
+        self._last = None
+
+    def count_save(self, start: float) -> None:
+        """Called after a save has blocked training since `start`."""
+        self._last = time.monotonic()
+        self._blocked, self.saves = self._blocked + self._last - start, self.saves + 1
+
+    def seconds_left(self) -> float:
+        """Until there is time for another save."""
+        each = self.cost / self.saves if self.saves else self._guess
+        return self._start + (self.cost + each) / self._SHARE - time.monotonic()
+
+
 class _Run:
     """One `fit`, from its start to its end."""
 
@@ -2568,6 +2615,7 @@ class _Run:
         self.references: list[weakref.ref] = []  # to the values that the variables had
         self.before_validation: tuple | None = None  # what validation may change
         self.saved, self.saved_at, self.ask_at = 0, time.monotonic(), 0
+        self.pace: _Pace | None = None
         self.on_disk: int | None = None
         self.preemption: _Preemption | None = None
         self.passing: Callable | None = None
@@ -2599,6 +2647,8 @@ class _Run:
         else:
             self._say_loaded(rate)
             self._continue()
+        if self.callback._save_freq == "auto":
+            self.pace = _Pace(sum(value.nbytes for value in itertools.chain(*_values(_train_state(self.model)))))
         self.preemption = _Preemption(self.callback._signals)
         self.manager._fitting = _jax_owns_sigterm()
         _watch_fit(self.model, self.fit, self._end_training, self.end)
@@ -2742,6 +2792,8 @@ class _Run:
         _start_at_epoch(self.model, None)  # fit has read it, and a callback may fit as well
         self.epoch, self.before, self.base = epoch, self.batches, self.reader.count
         self.is_trained, self.before_validation = False, None
+        if self.pace is not None:
+            self.pace.pause()
         if self.is_skipping:
             self.before -= self.start.batch
             self.random_after = self.own["random"] if self.is_inside else _random_state()
@@ -2857,6 +2909,9 @@ class _Run:
     def _end_training(self) -> None:
         """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
         self.is_trained = True
+        if self.pace is not None:
+            self.pace.count_batch(self.manager._is_writing)
+            self.pace.pause()
         trainable, fixed, _, metrics = _train_state(self.model)
         if self.fit.held_out is None or self.model.stop_training:
             return
@@ -2938,6 +2993,8 @@ class _Run:
         """The very end of a `fit` that has trained all its epochs."""
         if self.failure is not None:
             raise self.failure
+        if self.pace is not None:
+            self.say(f"Saved {self.pace.saves} times, which took {self.pace.share:.1%} of the time.")
         if self.preemption.received is not None:
             self._leave()
 
@@ -2951,18 +3008,23 @@ class _Run:
         return position.epoch * self.manager._steps_per_epoch if position.batches is None else position.batches
 
     def _is_due(self) -> bool:
-        freq = self.callback._save_freq
+        freq, batches = self.callback._save_freq, self.batches - self.saved
         if freq == "epoch":
             return False
-        if not isinstance(freq, datetime.timedelta):
+        if _is_count(freq):
             return self.batches // freq > self.saved // freq
-        batches, share = self.batches - self.saved, (time.monotonic() - self.saved_at) / freq.total_seconds()
+        passed = time.monotonic() - self.saved_at
+        if self.pace is None:
+            left = freq.total_seconds() - passed
+        else:
+            self.pace.count_batch(self.manager._is_writing)
+            left = math.inf if self.manager._is_writing else self.pace.seconds_left()
         if jax.process_count() == 1 or not batches or self.batches < self.ask_at:
-            return jax.process_count() == 1 and batches > 0 and share >= 1
-        # Process 0 decides. All ask again after as many batches as are to come at this speed, at most twice as many.
-        share, wait = _gather([share, int(batches * min(1, 1 / max(share, 1e-9) - 1))])[0]
+            return jax.process_count() == 1 and batches > 0 and left <= 0
+        # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
+        left, wait = _gather([left, int(batches * min(1, max(left, 0) / passed))])[0]
         self.ask_at = self.batches + wait
-        return share >= 1
+        return left <= 0
 
     def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:
         """What belongs to a checkpoint at this very moment beside the model's variables."""
@@ -2994,6 +3056,7 @@ class _Run:
             "is_resumable": self.resumable is not None,
             "is_trained": self.is_trained,
         }
+        start = time.monotonic()
         try:
             started = self.manager._save(
                 self._step(self.epoch, self.batches), position, metrics, own=own, **notes, **further
@@ -3002,6 +3065,8 @@ class _Run:
             for member in self.callback._stateful:
                 member.copy()  # names it, if it is the state of one of these that cannot be saved
             raise
+        if self.pace is not None:
+            self.pace.count_save(start)
         self.saved, self.saved_at = self.batches, time.monotonic()
         self.on_disk = self.batches if started else self.on_disk
         return started
@@ -3047,13 +3112,16 @@ def _check_callback_arguments(
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
     if isinstance(save_freq, str) and save_freq == "epoch":
         return
+    if monitor is not None:
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
+    if isinstance(save_freq, str) and save_freq == "auto":
+        return
     is_time = isinstance(save_freq, datetime.timedelta)
     if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
         raise ValueError(
-            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), or a datetime.timedelta.'
+            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), a datetime.timedelta, '
+            'or "auto".'
         )
-    if monitor is not None:
-        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
@@ -3078,7 +3146,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
-            a `datetime.timedelta`, at the first batch after that time. The last state of a run is saved in
+            a `datetime.timedelta`, at the first batch after that time; `"auto"`, as often as saving costs no more
+            than 3 % of the run's time, waiting and slower batches included, as measured. The last state of a run is saved in
             any case. The step is the number of train batches completed, unless it is `"epoch"`.
             Defaults to `"epoch"`.
         monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Keeps the `max_to_keep` best

@@ -2611,6 +2611,40 @@ def test_epoch_that_is_no_multiple_of_steps_per_execution_resumes_in_validation_
     assert_exact(tmp_path, [(0, "validation", 0), (1, "train", calls), (1, "epoch ends", 0)], source=source, calls=calls, freq=4)
 
 
+@pytest.mark.parametrize("source", ["arrays", "a stream"])
+def test_run_that_saves_as_often_as_it_may_cost_goes_on_at_the_very_batch(source, tmp_path):
+    assert_exact(tmp_path, PLACES, source=source, freq="auto")
+
+
+@pytest.mark.parametrize("writing", [0, 0.5])
+def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_path, monkeypatch, capsys):
+    blocked = []
+    serialize, write = orbax_keras_ckpt._ArrayHandler.serialize, orbax_keras_ckpt._ArrayHandler._write
+
+    async def slow_serialize(*arguments, **options):
+        blocked.append(0.03)
+        time.sleep(0.03)
+        return await serialize(*arguments, **options)
+
+    async def slow_write(*arguments):
+        time.sleep(writing)
+        return await write(*arguments)
+
+    monkeypatch.setattr(orbax_keras_ckpt._ArrayHandler, "serialize", slow_serialize)
+    monkeypatch.setattr(orbax_keras_ckpt._ArrayHandler, "_write", slow_write)
+    model = dense_model()
+    checkpoint = callback(model, tmp_path, None, save_freq="auto", verbose=1)
+    pause = keras.callbacks.LambdaCallback(on_train_batch_begin=lambda batch, logs: time.sleep(0.01))
+    start = time.monotonic()
+    model.fit(X, Y, batch_size=1, epochs=10, verbose=0, callbacks=[pause, checkpoint])
+    share = sum(blocked) / (time.monotonic() - start)
+    saved = checkpoint.checkpoint_manager.all_steps()
+    assert len(saved) == len(blocked) >= 3 and saved[0] == 1 and saved[-1] == 640
+    assert share < 0.06
+    said = re.search(r"Saved (\d+) times, which took (.*)% of the time", capsys.readouterr().out)
+    assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
+
+
 class Rude(keras.callbacks.Callback):
     """Does what another callback may do to the model or the random state, in one of its hooks."""
 
@@ -3458,11 +3492,12 @@ def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tm
     assert [path.name for path in (tmp_path / "ckpt").iterdir() if "damaged" in path.name] == []
 
 
-def test_processes_save_by_the_clock_of_the_first(tmp_path):
-    logs = run_together(tmp_path, "data", save_freq="second", max_to_keep=None, pause=0.05)
+@pytest.mark.parametrize("freq", ["second", "auto"])
+def test_processes_save_by_the_clock_of_the_first(freq, tmp_path):
+    logs = run_together(tmp_path, "data", save_freq=freq, max_to_keep=None, pause=0.05)
     steps = [json.loads(re.search(r"steps (.*)", log)[1]) for log in logs]
     assert steps[0] == steps[1] == sorted(int(path.name) for path in (tmp_path / "ckpt").iterdir())
-    assert 3 <= len(steps[0]) < 2 * TOGETHER and steps[0][-1] == 3 * TOGETHER
+    assert (3 if freq == "second" else 2) <= len(steps[0]) < 2 * TOGETHER and steps[0][-1] == 3 * TOGETHER
 
 
 def flip_in_the_part_of_the_second_process(directory):
