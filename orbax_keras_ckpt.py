@@ -49,7 +49,7 @@ On disk, for the newest step 2, readable with plain Orbax:
 One further folder, `run`, holds what is no variable and not small: arrays of `stateful` objects, vocabularies, and
 with several processes the states of each. A snapshot that is being replaced is `<step>.replaced` until then.
 
-Tested with Keras 3.10 to 3.15, JAX 0.5 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
+Tested with Keras 3.10 to 3.15, JAX 0.7 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
 
 import os
@@ -674,7 +674,7 @@ def _jax_owns_sigterm() -> bool:
 
 def _jax_client() -> Any:
     """What connects the processes of jax.distributed, None without it. While it runs, JAX owns SIGTERM."""
-    return jax._src.distributed.global_state.client  # JAX 0.5.0 has no public way to ask
+    return jax._src.distributed.global_state.client  # there is no public way to it
 
 
 # ------------------------------------------------------------------------------------------- processes

@@ -11,7 +11,6 @@ import datetime
 import gc
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
 import json
 import multiprocessing
@@ -32,11 +31,10 @@ import traceback
 import types
 import warnings
 
-# What has been compiled once is not compiled again, by no test nor process: five times as fast. JAX 0.5 crashes of it.
-if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) >= (0, 7):
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="compiled."))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# What has been compiled once is not compiled again, by no test nor process: five times as fast.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="compiled."))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jax.experimental
@@ -3395,21 +3393,9 @@ class Group:
 
 
 def run_group(work, *arguments, **options):
-    """Exit codes and outputs of a Group.
-
-    In JAX 0.5, two of JAX's own transfers between processes may meet on a CPU (seen in one of six
-    runs that make a dozen models): gloo ends both processes, and this runs them once more.
-    """
+    """Exit codes and outputs of a Group."""
     work.mkdir(exist_ok=True)
-    before = shutil.copytree(work, f"{work}.before")
-    for _ in range(5):
-        codes, logs = Group(work, *arguments, **options).join()
-        if "op.preamble.length <= op.nbytes" not in "".join(logs):
-            break
-        shutil.rmtree(work)
-        shutil.copytree(before, work)
-    shutil.rmtree(before)
-    return codes, logs
+    return Group(work, *arguments, **options).join()
 
 
 def run_together(work, *arguments, expected=0, program=None, **options):
@@ -4048,12 +4034,8 @@ def among(
         keras.utils.set_random_seed(0)
         if heartbeat is None:
             keras.distribution.initialize(address, processes, process)
-        elif "heartbeat_timeout_seconds" in inspect.signature(jax.distributed.initialize).parameters:
+        else:
             jax.distributed.initialize(address, processes, process, heartbeat_timeout_seconds=heartbeat)
-        else:  # which has no public way
-            intervals = {f"{side}_heartbeat_interval_seconds": 1 for side in ("service", "client")}
-            missing = {f"{side}_max_missing_heartbeats": heartbeat for side in ("service", "client")}
-            jax._src.distributed.global_state.initialize(address, processes, process, **intervals, **missing)
     try:
         program(work, *arguments, **options)
     except SystemExit:
