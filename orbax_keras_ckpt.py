@@ -54,7 +54,9 @@ Tested with Keras 3.10 to 3.15, JAX 0.7 to 0.12, Orbax 0.11.20 to 0.12.8, Python
 
 import os
 
-if __name__ == "__main__":  # the command line: whatever the user's settings are, and beside a run that has the GPU
+# Pasted into a notebook or a script, where __name__ is "__main__" as well, this file only defines.
+if _IS_PROGRAM := __name__ == "__main__" and os.path.basename(globals().get("__file__", "")) == "orbax_keras_ckpt.py":
+    # The command line: whatever the user's settings are, and beside a run that has the GPU.
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 import argparse
@@ -318,7 +320,7 @@ class _Record:
         if (found := fields.pop("format")) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
-                f"format {_FORMAT}. Nothing was changed. Use the version that wrote the checkpoint, or a newer one."
+                f"format {_FORMAT}. Use the version that wrote the checkpoint, or a newer one."
             )
         fields["position"] = _Position(**fields["position"])
         fields["variables"] = {
@@ -634,14 +636,17 @@ def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
         raise error
 
 
+def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
+    """The compiled metrics by name."""
+    groups = model.metrics
+    return {metric.name: metric for group in groups for metric in [group, *getattr(group, "metrics", [])]}
+
+
 def _direction(model: keras.Model, monitor: str) -> str | None:
     """What is better, "min" or "max", as Keras infers it from the compiled metrics; None where it cannot."""
     name = monitor.removeprefix("val_")
-    for group in model.metrics:
-        for metric in [group, *getattr(group, "metrics", [])]:
-            if metric.name == name and hasattr(metric, "_direction"):
-                return "max" if metric._direction == "up" else "min"
-    return "min" if name == "loss" else None
+    direction = getattr(_metrics_of(model).get(name), "_direction", None)
+    return "min" if name == "loss" else direction and ("max" if direction == "up" else "min")
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -742,9 +747,14 @@ class _Meetings:
                 _jax_client().key_value_set(key, json.dumps(f"{type(error).__name__}: {error}"))
 
 
-def _warn(message: str, stacklevel: int) -> None:
+def _warn(message: str) -> None:
+    """A warning of process 0, at the user's line that led here."""
+    others = (_warn.__code__.co_filename, os.path.dirname(keras.__file__), os.path.dirname(ocp.__file__))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
+        frame, level = frame.f_back, level + 1
     if jax.process_index() == 0:
-        warnings.warn(message, stacklevel=stacklevel + 1)
+        warnings.warn(message, stacklevel=level)
 
 
 # ------------------------------------------------------------------------------------------- variables
@@ -1248,7 +1258,6 @@ def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], probl
         _warn(
             f"{type(dataset).__name__} overrides {' and '.join(_overridden(dataset))}, which {problem}: "
             f"{', '.join(names)}. A resumed run may then see other data. Give the dataset get_state and set_state.",
-            stacklevel=6,
         )
 
 
@@ -1528,6 +1537,26 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     return damaged | replaced | steps
 
 
+def _nothing_in(directory: epath.Path) -> str:
+    """Says that a directory holds no steps, and which one near it does."""
+    is_there, near = directory.exists(), []
+    text = f"There is no checkpoint in {directory}{'' if is_there else ': no such file or directory'}."
+    with contextlib.suppress(Exception):  # of a bucket, of any kind: this is only a hint
+        for above in list(directory.parents)[:2]:
+            if (step := directory.relative_to(above).parts[0]).isdecimal() and int(step) in _steps(above):
+                return f"{text} Give the directory {above} and step={step} instead."
+        below = (_entries(directory) if is_there else []) or _entries(directory.parent)
+        near = sorted(str(path) for path in below[:100] if path.is_dir() and _folders(path, ...)[0])
+    return text + (f" There are some in: {', '.join(near[:5])}." if near else "")
+
+
+def _existing_steps(directory: epath.Path) -> dict[int, epath.Path]:
+    """The steps in a directory. FileNotFoundError says where there are some, if there are none."""
+    if steps := _steps(directory) if directory.exists() else {}:
+        return steps
+    raise FileNotFoundError(_nothing_in(directory))
+
+
 def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
     """Folders of steps that are not committed. In a bucket, Orbax does not rename: it adds a file in the end."""
     found = [(path, match) for path in _entries(directory) if (match := _TEMPORARY.fullmatch(path.name))]
@@ -1629,6 +1658,10 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
     return variables
 
 
+def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
+    return record.variables if record else _foreign_variables(_array_folder(path))
+
+
 def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None) -> int | None:
     """The step that is best by a metric and a direction: by default those that the newest record names."""
     monitored = monitored or (records[max(records)].monitor if records else None)
@@ -1712,7 +1745,7 @@ class _Restore:
         raise CheckpointCorruptError(
             f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
             + (", but the model's arrays have been freed" if self.donate else ", and the model is as it was")
-            + f":\n{_listing([str(error) for error in damaged.values()])}"
+            + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
     def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
@@ -1742,15 +1775,21 @@ class _Restore:
         with _agreed():
             record = _read_record(step, path)
             with _reading(step, path):
-                saved = record.variables if record else _foreign_variables(_array_folder(path))
+                saved = _saved_variables(path, record)
                 if record:
                     _check_tree(path / "default", _arrays_of(saved))
             variables = self.variables_for(step, record, path)
             sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
             if differences and self.strict:
+                what, way = (
+                    "is of another model",
+                    "Build the model as it was saved, use another directory, or strict=False",
+                )
+                if all(line.startswith(_GROUPS[2]) for line in differences):
+                    what = "is of the same weights, but another optimizer"
+                    way = "Compile the model as it was saved, or restore the weights alone, with weights_only=True"
                 raise CheckpointMismatchError(
-                    f"Step {step} in {self.directory} is of another model:\n{_listing(differences)}\nNothing was "
-                    "changed. Build the model as it was saved, use another directory, or restore with strict=False."
+                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. {way}."
                 )
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
         shardings = {source.name: source.variable.value.sharding for source in sources}
@@ -1762,7 +1801,7 @@ class _Restore:
                 _check_array(source.name, array, source.saved)
             own = _read_own(path, record) if self.own and record else None
         if differences:
-            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}", stacklevel=6)
+            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
         for layer in _layers(self.model_of()):  # Normalization, for one, computes with what it derives from variables
@@ -1780,14 +1819,15 @@ class _Restore:
             names = [_set_aside(path, _DAMAGED) for path in paths if is_mine and path.exists()]
         aside = f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
-        _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}", stacklevel=5)
+        _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
 
 
 def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
     """Reads all that there is of a step, with a progress bar. CheckpointCorruptError where something is damaged."""
+    print(f"Step {step}:", flush=True)
     with _reading(step, path):
         folder, save = _array_folder(path), record and record.save
-        variables = record.variables if record else _foreign_variables(folder)
+        variables = _saved_variables(path, record)
         stores = _check_arrays(folder, _arrays_of(variables), save) if record else []
         stores = stores or list(_open_arrays(folder, _arrays_of(variables), save).values())
         progress = keras.utils.Progbar(len(stores), unit_name="array")
@@ -1908,6 +1948,28 @@ def _is_count(value: Any) -> bool:
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
 
 
+_ELSEWHERE = {  # what other callbacks call it, and what does it here
+    "filepath": "The directory is checkpoint_dir.",
+    "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
+    "save_weights_only": "All of the state is saved; restore_state(weights_only=True) restores the weights alone.",
+}
+
+
+def _check_keywords(of: type, given: Iterable[str]) -> None:
+    """Raises for keywords that are neither those of a public class nor Orbax's, and says which are meant."""
+    own = [name for each in (of, KerasOrbaxCheckpointManager) for name in inspect.signature(each).parameters]
+    known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)}.difference(_OURS)
+    lines = []
+    for name in sorted(set(given) - known - set(own)):
+        near = [each for names in (own, known) for each in difflib.get_close_matches(name, names, n=1)]
+        meant = _ELSEWHERE.get(name) or (f"Did you mean {near[0]!r}?" if near else "")
+        lines.append(f"{of.__name__} has no argument {name!r}. {meant}".rstrip())
+    if lines:
+        own = ", ".join(name for name in dict.fromkeys(own) if name != "kwargs")
+        others = "All others go to orbax.checkpoint.CheckpointManagerOptions."
+        raise TypeError("\n".join([*lines, f"Its arguments are: {own}. {others}"]))
+
+
 def _check_arguments(
     model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
 ) -> None:
@@ -1921,12 +1983,7 @@ def _check_arguments(
         raise ValueError(f"monitor={monitor!r}: give the name of a metric, as in the logs of fit, or None.")
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
-    known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)}.difference(_OURS)
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(
-            f"Unknown argument {', '.join(map(repr, unknown))}: neither one of this class nor of "
-            f"orbax.checkpoint.CheckpointManagerOptions. Orbax's are: {', '.join(sorted(known))}."
-        )
+    _check_keywords(KerasOrbaxCheckpointManager, options)
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
@@ -2120,7 +2177,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if self._mode == "auto":
             raise ValueError(
                 f'mode="auto": the model\'s metrics do not say whether a high or a low {self._monitor!r} is better. '
-                'Give mode="max" or mode="min".'
+                f'They are: {", ".join(_metrics_of(self._model))}. Check the name, or give mode="max" or mode="min".'
             )
         return self._mode
 
@@ -2180,7 +2237,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
             _warn(
                 f"The layers {', '.join(map(repr, names))} have a save_own_variables() that saves more than their "
                 "variables. That is not in the checkpoint: keep it in variables, made by add_weight().",
-                stacklevel=4,
             )
 
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
@@ -2313,7 +2369,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
             _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
                 f"the worst. There are: {', '.join(map(repr, found)) or 'none'}.",
-                stacklevel=5,
             )
         return found
 
@@ -2352,7 +2407,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """
         variables = _variables(self._model, optimizer=not weights_only)
         found = self._restore(step, lambda *_: variables, strict=strict, donate=donate, own=False)
-        return None if found is None else found.step
+        if found is None:
+            _warn(f"{_nothing_in(self.directory)} The model is as it was.")
+            return None
+        return found.step
 
     def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: bool) -> _Restored | None:
         """See `_Restore`; `how` are its strict, donate and own."""
@@ -2376,7 +2434,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._saving = None
         _SAVING.discard(self)
         for failure in self._deletion_failures():
-            _warn(f"An old checkpoint in {self.directory} could not be deleted: {failure}", stacklevel=2)
+            _warn(f"An old checkpoint in {self.directory} could not be deleted: {failure}")
 
     def _end_failed(self, step: int | None, save: str | None, error: Exception) -> None:
         """Raises for a save that has failed. A warning, where it is committed for all that."""
@@ -2397,7 +2455,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 f"Saving step {step} in {self.directory} has failed, and it is not listed there. Earlier "
                 f"checkpoints are as they were. {text}"
             ) from error
-        _warn(f"Step {step} in {self.directory} is saved, but not all of what follows was done. {text}", stacklevel=4)
+        _warn(f"Step {step} in {self.directory} is saved, but not all of what follows was done. {text}")
 
     def _commit_failed(self, error: BaseException) -> None:
         self._is_writing = False
@@ -2473,9 +2531,11 @@ def load_model(
         )
 
     _wait_for_saves(directory)
+    with _agreed():
+        _existing_steps(directory)
     restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
-    if restore.run(step) is None:
-        raise FileNotFoundError(f"There is no checkpoint in {directory}.")
+    if restore.run(step) is None:  # deleted meanwhile
+        raise FileNotFoundError(_nothing_in(directory))
     return models[0]
 
 
@@ -2506,15 +2566,14 @@ class _Preemption:
         self._earlier: list[tuple[int, Any]] = []
         if _jax_owns_sigterm():
             if others := [number.name for number in signals if number != signal.SIGTERM]:
-                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.", stacklevel=5)
+                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.")
         elif signals and jax.process_count() > 1:
             _warn(
                 "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
                 "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved.",
-                stacklevel=5,
             )
         elif signals and threading.current_thread() is not threading.main_thread():
-            _warn("fit runs outside the main thread: preemption_signals are not caught.", stacklevel=5)
+            _warn("fit runs outside the main thread: preemption_signals are not caught.")
         else:
             self._earlier += [(number, signal.signal(number, self._note)) for number in signals]
 
@@ -2548,7 +2607,7 @@ _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed b
 
 
 class _Pace:
-    """When `save_freq="auto"` saves: as often as that takes no more than `_SHARE` of the time, as measured on the way."""
+    """When `save_freq="auto"` saves: as often as that takes no more than `_SHARE` of the time, as measured."""
 
     _SHARE = 0.03
 
@@ -2673,21 +2732,18 @@ class _Run:
             _warn(
                 "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
                 "run validates on other batches. Use arrays or a dataset.",
-                stacklevel=6,
             )
         others = [name for name, value in vars(self.model).items() if isinstance(value, keras.optimizers.Optimizer)]
         if others := [name for name in others if getattr(self.model, name) is not self.model.optimizer]:
             _warn(
                 f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
                 "objects with get_state and set_state in stateful.",
-                stacklevel=6,
             )
         if _has_workers(self.fit) and iterator.data_adapter.shuffle:
             _warn(
                 f"{type(self.fit.data).__name__} has workers={self.fit.data.workers}: with shuffle=True, Keras carries "
                 "batches over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or "
                 "shuffle=False.",
-                stacklevel=6,
             )
 
     def _data_of(self, name: str) -> Any:
@@ -2714,7 +2770,7 @@ class _Run:
         problems, start, iterator = [], self.start, self.fit.epoch_iterator
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
-            _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.", stacklevel=8)
+            _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.")
         elif saved is not None and saved != given:
             problems.append(f"it was saved with stateful={saved}, but now stateful={given} was passed")
         if self.first_epoch >= self.epochs:
@@ -2730,7 +2786,7 @@ class _Run:
         if saved is None:
             if iterator.steps_per_epoch is not None:
                 problem = "this callback did not save it, so the position in the data is unknown"
-                _warn(f"Step {step}: {problem}. The data starts from its beginning.", stacklevel=8)
+                _warn(f"Step {step}: {problem}. The data starts from its beginning.")
             return problems
         if record.is_resumable and self.resumable is None:
             problems.append("fit read checkpoint.resumable(data) then, but now reads other data")
@@ -2747,6 +2803,8 @@ class _Run:
         start, rate = self.start, _learning_rate(self.model)
         if start.epoch >= self.epochs:
             line = f"Nothing left to train: {start.epoch} of {self.epochs} epochs are done"
+            if start.epoch > self.epochs:
+                line = f"Nothing left to train: {start.epoch} epochs are done, more than epochs={self.epochs}"
         elif self.first_epoch >= self.epochs:
             line = f"Nothing left to train: a callback stopped the run after {start.epoch} epochs"
         else:
@@ -2860,7 +2918,7 @@ class _Run:
             except StopIteration:
                 raise CheckpointMismatchError(
                     f"The data ends after {number} batches, but the checkpoint of step {self.restored.step} was made "
-                    f"after {count}. Nothing was changed on disk. Pass fit the same data as before."
+                    f"after {count}. Nothing was trained. Pass fit the same data as before."
                 ) from None
 
     def _compare_last(self) -> None:
@@ -2872,7 +2930,7 @@ class _Run:
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
                 f"The checkpoint of step {step} was made with batches of shapes {saved['shapes']}, and now they have "
-                f"{found['shapes']}: the batch size or the data has changed. Nothing was changed on disk. Pass fit "
+                f"{found['shapes']}: the batch size or the data has changed. Nothing was trained. Pass fit "
                 "the same data as before, or use another directory."
             )
         if self.datasets[0] is not None and self.reader.count > self.start.batch:
@@ -2881,7 +2939,6 @@ class _Run:
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
             "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
             "for each fit, or pass checkpoint.resumable(iterator) to fit.",
-            stacklevel=6,
         )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
@@ -2987,7 +3044,7 @@ class _Run:
         if not is_complete:
             callback._run = None
             if self.failure is not None:  # not to hide the first error
-                warnings.warn(f"The last save failed as well: {self.failure!r}", stacklevel=2)
+                _warn(f"The last save failed as well: {self.failure!r}")
 
     def finish(self) -> None:
         """The very end of a `fit` that has trained all its epochs."""
@@ -3104,6 +3161,7 @@ class _Run:
 def _check_callback_arguments(
     save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
 ) -> None:
+    _check_keywords(OrbaxCheckpointCallback, options)
     if verbose not in (0, 1):
         raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
     if options.get("read_only"):
@@ -3147,8 +3205,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
             a `datetime.timedelta`, at the first batch after that time; `"auto"`, as often as saving costs no more
-            than 3 % of the run's time, waiting and slower batches included, as measured. The last state of a run is saved in
-            any case. The step is the number of train batches completed, unless it is `"epoch"`.
+            than 3 % of the run's time, waiting and slower batches included, as measured. The last state of a run
+            is saved in any case. Unless it is `"epoch"`, the step is the number of train batches completed.
             Defaults to `"epoch"`.
         monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Keeps the `max_to_keep` best
             checkpoints by this metric, and always the newest. Defaults to None.
@@ -3288,84 +3346,55 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
 # ---------------------------------------------------------------------------------------- command line
 
-_COLUMNS = ("step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", "")
 
-
-def _row(step: int, path: epath.Path, record: _Record | None) -> list[str]:
-    """What there is to say about a step, by column. Variables and parameters are those that Keras's summary counts."""
+def _row(path: epath.Path, record: _Record | None) -> list[str]:
+    """The columns about a step. Variables and parameters are those that Keras's summary counts."""
+    at = record and record.position
+    place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
     nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # not there, where an older Orbax wrote it
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
-    groups = record.variables if record else _foreign_variables(_array_folder(path))
-    weights = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
-    parameters, size = sum(math.prod(spec.shape) for spec in weights), sum(file.stat().length for file in _files(path))
-    counts = [f"{size / 1e6:,.1f} MB", f"{len(weights):,}", f"{parameters:,}"]
-    if record is None:
-        return [str(step), "?", "?", saved, *counts, "", "written by another tool"]
-    epoch, batch, _ = record.position
-    metrics = " ".join(f"{name}={value:.4g}" for name, value in record.metrics.items())
-    return [str(step), str(epoch + (batch > 0)), str(batch or "end"), saved, *counts, metrics, ""]
+    groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
+    specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
+    counts = [f"{len(specs):,}", f"{sum(math.prod(spec.shape) for spec in specs):,}"]
+    metrics = " ".join(f"{name}={value:.4g}" for name, value in record.metrics.items()) if record else ""
+    return [*place, saved, f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB", *counts, metrics]
 
 
-def _print_table(rows: Mapping[int, list[str]], best: int | None) -> None:
-    for step, mark in ((best, "best"), (max(rows, default=None), "newest")):
-        if step is not None:
-            rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
-    table = [_COLUMNS, *rows.values()]
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
-def _look(checkpoint_dir: str, verify: bool) -> bool:
-    """Prints what is in a directory. Whether all of it is intact, as far as that has been looked at."""
-    rows, records, damaged = {}, {}, {}
-    directory = _usable_directory(checkpoint_dir, {"read_only": True})
-    _wait_for_saves(directory)
-
-    @contextlib.contextmanager
-    def noting_damage(step: int, path: epath.Path) -> Iterator[None]:
+def _look(directory: str, verify: bool) -> bool:
+    """Prints what is in a directory. Whether all of it is intact, as far as that was looked at."""
+    steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
+    table, problems = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]], []
+    best, newest, result = _best(_records(steps)), max(steps), "All arrays are intact."
+    for step, path in sorted(steps.items()):
+        row, marks = [*"??????", ""], ["best"] * (step == best) + ["newest"] * (step == newest)
         try:
             with _reading(step, path):
-                yield
+                row = _row(path, record := _read_record(step, path))
+                if verify:
+                    _verify(step, path, record)
+            if record is None:
+                marks, result = ["written by another tool", *marks], "All can be read; some have no checksums."
         except CheckpointError as error:
-            if _steps(directory).get(step) == path:  # it has not been deleted meanwhile
-                mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
-                damaged[step] = error
-                rows.setdefault(step, [str(step), *"??????", "", mark])
-
-    steps = sorted(_steps(directory).items())
-    if not steps:
-        raise FileNotFoundError("There is no checkpoint in this directory.")
-    for step, path in steps:
-        with noting_damage(step, path):
-            records[step] = _read_record(step, path)
-            rows[step] = _row(step, path, records[step])
-    _print_table(rows, _best({step: records[step] for step in rows if records.get(step) is not None}))
-    for step, path in steps if verify else ():
-        if step in rows.keys() - damaged.keys():
-            print(f"Step {step}:", flush=True)
-            with noting_damage(step, path):
-                _verify(step, path, records[step])
-    intact = "All arrays are intact." if None not in records.values() else "All can be read; some have no checksums."
-    for line in damaged.values() or ([intact] if verify else []):
-        print(line)
-    return not damaged
+            if _steps(path.parent).get(step) != path:  # deleted meanwhile
+                continue
+            marks.insert(0, "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format")
+            problems.append(str(error))
+        table.append([str(step), *row, ", ".join(marks)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    print(*lines, *(problems or [result] * verify), sep="\n")
+    return not problems
 
 
 def _main() -> int:
     parser = argparse.ArgumentParser(description="Lists the checkpoints in a directory. Changes nothing.")
     parser.add_argument("directory", metavar="DIR", help="a path, or gs://bucket/path")
     parser.add_argument("--verify", action="store_true", help="read every array and check it; exit code 1 on damage")
-    arguments = parser.parse_args()
     try:
-        return 0 if _look(arguments.directory, arguments.verify) else 1
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes when it exits
-        return 1
+        return 0 if _look(**vars(parser.parse_args())) else 1
     except (OSError, CheckpointError, ValueError) as error:
-        print(f"{arguments.directory}: {error}", file=sys.stderr)
-        return 2
+        return print(error, file=sys.stderr) or 2
 
 
-if __name__ == "__main__":
+if _IS_PROGRAM:
     sys.exit(_main())

@@ -399,7 +399,8 @@ def test_step_numbers_and_retention(tmp_path):
 def test_step_0_is_a_step_like_any_other(tmp_path):
     model = dense_model()
     manager = KerasOrbaxCheckpointManager(model, tmp_path)
-    assert manager.restore_state() is None
+    with pytest.warns(UserWarning, match="There is no checkpoint in .* The model is as it was"):
+        assert manager.restore_state() is None
     assert manager.save_state(0) is True
     saved = values(model)
     fit(model, 1)
@@ -989,7 +990,7 @@ def test_model_compiled_anew_between_saves_is_described_anew(tmp_path):
 
 def test_load_model_says_what_is_missing(tmp_path):
     (tmp_path / "empty").mkdir()
-    for directory, message in ((tmp_path / "empty", "There is no checkpoint in"), (tmp_path / "none", "No such file")):
+    for directory, message in ((tmp_path / "empty", "There is no checkpoint in"), (tmp_path / "none", "no such file")):
         with pytest.raises(FileNotFoundError, match=message):
             load_model(directory)
         assert directory.exists() == (directory.name == "empty")
@@ -3366,7 +3367,7 @@ def test_damage_in_a_bucket_falls_back_and_is_set_aside(cycle):
 def test_command_line_and_load_model_read_buckets(cycle):
     assert cycle["intact"] and cycle["found"] and cycle["loaded"]
     row = re.split("  +", next(line for line in cycle["lines"] if line.startswith("2 ")))
-    assert row[1:3] == ["3", "end"] and float(row[4].removesuffix(" MB")) > 0
+    assert row[1:3] == ["3", "end"] and float(row[4].removesuffix(" kB")) > 0
 
 
 def test_buckets_that_cannot_be_used_are_refused_at_once(cycle):
@@ -3553,6 +3554,95 @@ def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(togeth
         shutil.rmtree(back)
 
 
+# ------------------------------------------------------------------------------------------------ what a user meets
+
+
+def test_file_pasted_into_a_notebook_cell_only_defines_and_then_trains(tmp_path):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    train = f"""
+import keras, numpy as np, os
+assert "JAX_PLATFORMS" not in os.environ
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+model.compile("adam", "mse")
+model.fit(np.ones((8, 3)), np.ones(8), verbose=0, callbacks=[OrbaxCheckpointCallback(model, {str(tmp_path / "ckpt")!r})])
+print(type(load_model({str(tmp_path / "ckpt")!r})).__name__)
+"""
+    cells = ["import os; os.environ.pop('JAX_PLATFORMS', None)", (HERE / "orbax_keras_ckpt.py").read_text(), train]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(notebook, timeout=300).execute()
+    assert not notebook.cells[1].outputs
+    texts = "".join(output.get("text", "") for output in notebook.cells[2].outputs)
+    assert "Save Orbax checkpoint on_epoch_end." in texts and texts.endswith("Sequential\n")
+
+
+def test_module_run_by_name_is_the_command_line_too(tmp_path):
+    save(dense_model(), tmp_path)
+    command = [sys.executable, "-m", "orbax_keras_ckpt", str(tmp_path)]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and "newest" in done.stdout
+
+
+def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
+    save(dense_model(), tmp_path / "runs/a", 3)
+    before = listing(tmp_path)
+    for place, message in (
+        ("runs/b", r"no checkpoint in .*/runs/b: no such file or directory. There are some in: .*/runs/a"),
+        ("runs", r"no checkpoint in .*/runs. There are some in: .*/runs/a"),
+        ("runs/a/3", r"no checkpoint in .*/runs/a/3. Give the directory .*/runs/a and step=3 instead"),
+        ("runs/a/3/default", r"Give the directory .*/runs/a and step=3 instead"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_model(tmp_path / place)
+        code, lines, error = command_line(tmp_path / place)
+        assert (code, lines) == (2, []) and re.search(message, error)
+    assert listing(tmp_path) == before
+    model = dense_model()
+    with pytest.warns(UserWarning, match="There are some in: .*/runs/a. The model is as it was") as warned:
+        assert KerasOrbaxCheckpointManager(model, tmp_path / "runs/b").restore_state() is None
+    assert [each.filename for each in warned] == [__file__]  # the line of the user
+
+
+def test_warnings_of_fit_are_at_the_line_that_calls_it(tmp_path):
+    model = dense_model()
+    model.second_optimizer = keras.optimizers.SGD()
+    with pytest.warns(UserWarning, match="further optimizers") as warned:
+        model.fit(X, Y, verbose=0, callbacks=[callback(model, tmp_path)])
+    assert [each.filename for each in warned] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("save_frq", "no argument 'save_frq'. Did you mean 'save_freq'"),
+        ("save_best_only", "no argument 'save_best_only'. Give monitor='val_loss' and max_to_keep=1"),
+        ("filepath", "The directory is checkpoint_dir"),
+        ("save_weights_only", r"restore_state\(weights_only=True\)"),
+        ("keep_perid", "Did you mean 'keep_period'"),
+    ],
+)
+def test_unknown_argument_is_told_what_is_meant(name, message, tmp_path):
+    with pytest.raises(TypeError, match=message):
+        callback(dense_model(), tmp_path / "new", **{name: 1})
+    assert listing(tmp_path) == []
+
+
+def test_other_optimizer_is_called_that_and_the_weights_can_be_kept(tmp_path):
+    saved = dense_model()
+    fit(saved, 1, callback(saved, tmp_path))
+    model = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
+    with pytest.raises(CheckpointMismatchError, match=r"(?s)same weights, but another optimizer.*weights_only=True"):
+        fit(model, 2, callback(model, tmp_path))
+    KerasOrbaxCheckpointManager(model, tmp_path).restore_state(weights_only=True)
+    assert_equal(values(model, optimizer=False), values(saved, optimizer=False))
+
+
+def test_fewer_epochs_than_are_done_are_nothing_left(tmp_path, capsys):
+    model = dense_model()
+    fit(model, 2, callback(model, tmp_path))
+    fit(model, 1, callback(model, tmp_path, verbose=1))
+    assert "Nothing left to train: 2 epochs are done, more than epochs=1" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------- the command line
 
 
@@ -3582,7 +3672,7 @@ def test_command_line_lists_the_steps_of_a_run_and_finds_what_is_damaged(tmp_pat
     assert cells[:3] == ["1", "2", "end"]
     saved = datetime.datetime.fromisoformat(cells[3]).timestamp()
     assert abs(saved - (directory / "1").stat().st_mtime) < 5
-    assert cells[4] == f"{size / 1e6:,.1f} MB"
+    assert cells[4] == f"{size / 1e3:,.1f} kB"
     assert cells[5:7] == [str(len(model.weights)), f"{model.count_params():,}"]
     assert cells[7].split()[1] == f"val_loss={losses[1]:.4g}"
     assert re.split("  +", lines[3])[:3] == ["2", "3", "2"]
@@ -3599,7 +3689,7 @@ def test_command_line_lists_the_steps_of_a_run_and_finds_what_is_damaged(tmp_pat
 
 
 def test_command_line_without_checkpoints_says_so(tmp_path, monkeypatch, capsys):
-    for name, message in ((".", "There is no checkpoint in this directory."), ("none", "No such file"), ("s3://a/b", "gs://")):
+    for name, message in ((".", "There is no checkpoint in "), ("none", "no such file or directory"), ("s3://a/b", "gs://")):
         monkeypatch.setattr(sys, "argv", ["orbax_keras_ckpt.py", name if ":" in name else str(tmp_path / name)])
         assert orbax_keras_ckpt._main() == 2
         output = capsys.readouterr()
@@ -3615,7 +3705,7 @@ def test_command_line_reads_checkpoints_of_others(tmp_path, capsys):
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=ocp.args.StandardSave(state))
     assert orbax_keras_ckpt._look(str(tmp_path), verify=True)
-    row = re.split("  +", capsys.readouterr().out.splitlines()[1])
+    row = re.split("  +", next(line for line in capsys.readouterr().out.splitlines() if line.startswith("3 ")))
     assert (row[:3], row[5:]) == (["3", "?", "?"], ["4", "33", "written by another tool, newest"])
     remove(data_file(tmp_path / "3"))
     assert not orbax_keras_ckpt._look(str(tmp_path), verify=True)
