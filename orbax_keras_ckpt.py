@@ -638,15 +638,15 @@ def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
 
 def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
     """The compiled metrics by name."""
-    groups = model.metrics
-    return {metric.name: metric for group in groups for metric in [group, *getattr(group, "metrics", [])]}
+    return {metric.name: metric for group in model.metrics for metric in [group, *getattr(group, "metrics", [])]}
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
     """What is better, "min" or "max", as Keras infers it from the compiled metrics; None where it cannot."""
     name = monitor.removeprefix("val_")
-    direction = getattr(_metrics_of(model).get(name), "_direction", None)
-    return "min" if name == "loss" else direction and ("max" if direction == "up" else "min")
+    if name == "loss":
+        return "min"
+    return {"up": "max", "down": "min"}.get(getattr(_metrics_of(model).get(name), "_direction", None))
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -1235,9 +1235,8 @@ def _is_order(value: Any) -> bool:
     if _is_array(value):
         return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and not isinstance(value, np.memmap)
     if isinstance(value, (list, tuple, set, dict)):
-        members = value.values() if isinstance(value, dict) else value
-        return all(isinstance(each, _PLAIN) or _is_order(each) for each in members)
-    return _is_saveable(value)
+        return all(map(_is_order, value.values() if isinstance(value, dict) else value))
+    return type(value) in _PLAIN or _is_saveable(value)
 
 
 def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
@@ -2615,7 +2614,7 @@ class _Pace:
         self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
         self._guess = size / 1e9  # of the seconds that the first will take
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
-        self._start, self._last = time.monotonic(), None
+        self._start = time.monotonic()
 
     @property
     def cost(self) -> float:
@@ -2625,22 +2624,16 @@ class _Pace:
     def share(self) -> float:
         return self.cost / (time.monotonic() - self._start)
 
-    def count_batch(self, is_writing: bool) -> None:
-        """Called between batches. Batches are slower while a save is being written."""
-        last, self._last = self._last, time.monotonic()
-        if last is not None and not is_writing:
-            self._usual.append(self._last - last)
-        elif last is not None and self._usual:
-            self._slower += self._last - last - statistics.median(self._usual)
+    def count_batch(self, seconds: float, is_writing: bool) -> None:
+        """Batches are slower while a save is being written."""
+        if not is_writing:
+            self._usual.append(seconds)
+        elif self._usual:
+            self._slower += seconds - statistics.median(self._usual)
 
-    def pause(self) -> None:
-        """Something else than a batch comes next."""
-        self._last = None
-
-    def count_save(self, start: float) -> None:
-        """Called after a save has blocked training since `start`."""
-        self._last = time.monotonic()
-        self._blocked, self.saves = self._blocked + self._last - start, self.saves + 1
+    def count_save(self, seconds: float) -> None:
+        """Counts a save, and how long training has waited for it."""
+        self._blocked, self.saves = self._blocked + seconds, self.saves + 1
 
     def seconds_left(self) -> float:
         """Until there is time for another save."""
@@ -2850,8 +2843,6 @@ class _Run:
         _start_at_epoch(self.model, None)  # fit has read it, and a callback may fit as well
         self.epoch, self.before, self.base = epoch, self.batches, self.reader.count
         self.is_trained, self.before_validation = False, None
-        if self.pace is not None:
-            self.pace.pause()
         if self.is_skipping:
             self.before -= self.start.batch
             self.random_after = self.own["random"] if self.is_inside else _random_state()
@@ -2871,7 +2862,10 @@ class _Run:
                 self.resumable.forget(self.reader.count)
             if self.preemption.is_due() or self._is_due():
                 self._save_inside()
+            start = time.monotonic()
             yield (*place, self.reader)
+            if self.pace is not None:
+                self.pace.count_batch(time.monotonic() - start, self.manager._is_writing)
         if self.is_skipping:
             yield from self._arrive(place)
 
@@ -2966,9 +2960,6 @@ class _Run:
     def _end_training(self) -> None:
         """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
         self.is_trained = True
-        if self.pace is not None:
-            self.pace.count_batch(self.manager._is_writing)
-            self.pace.pause()
         trainable, fixed, _, metrics = _train_state(self.model)
         if self.fit.held_out is None or self.model.stop_training:
             return
@@ -3074,7 +3065,6 @@ class _Run:
         if self.pace is None:
             left = freq.total_seconds() - passed
         else:
-            self.pace.count_batch(self.manager._is_writing)
             left = math.inf if self.manager._is_writing else self.pace.seconds_left()
         if jax.process_count() == 1 or not batches or self.batches < self.ask_at:
             return jax.process_count() == 1 and batches > 0 and left <= 0
@@ -3123,7 +3113,7 @@ class _Run:
                 member.copy()  # names it, if it is the state of one of these that cannot be saved
             raise
         if self.pace is not None:
-            self.pace.count_save(start)
+            self.pace.count_save(time.monotonic() - start)
         self.saved, self.saved_at = self.batches, time.monotonic()
         self.on_disk = self.batches if started else self.on_disk
         return started
@@ -3168,18 +3158,15 @@ def _check_callback_arguments(
         raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    if isinstance(save_freq, str) and save_freq == "epoch":
-        return
-    if monitor is not None:
-        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
-    if isinstance(save_freq, str) and save_freq == "auto":
-        return
-    is_time = isinstance(save_freq, datetime.timedelta)
-    if not (save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)):
+    is_name, is_time = isinstance(save_freq, str), isinstance(save_freq, datetime.timedelta)
+    is_positive = save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)
+    if not (save_freq in ("epoch", "auto") if is_name else is_positive):
         raise ValueError(
             f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), a datetime.timedelta, '
             'or "auto".'
         )
+    if monitor is not None and save_freq != "epoch":
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
@@ -3363,23 +3350,29 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Whether all of it is intact, as far as that was looked at."""
     steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
-    table, problems = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]], []
-    best, newest, result = _best(_records(steps)), max(steps), "All arrays are intact."
+    rows, records, problems, result = {}, {}, [], "All arrays are intact."
     for step, path in sorted(steps.items()):
-        row, marks = [*"??????", ""], ["best"] * (step == best) + ["newest"] * (step == newest)
+        row, mark = [*"??????", ""], ""
         try:
             with _reading(step, path):
-                row = _row(path, record := _read_record(step, path))
+                record = _read_record(step, path)
+                if record is None:
+                    mark, result = "written by another tool", "All can be read; some have no checksums."
+                else:
+                    records[step] = record
+                row = _row(path, record)
                 if verify:
                     _verify(step, path, record)
-            if record is None:
-                marks, result = ["written by another tool", *marks], "All can be read; some have no checksums."
         except CheckpointError as error:
             if _steps(path.parent).get(step) != path:  # deleted meanwhile
                 continue
-            marks.insert(0, "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format")
+            mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
             problems.append(str(error))
-        table.append([str(step), *row, ", ".join(marks)])
+        rows[step] = [str(step), *row, mark]
+    for step, mark in (_best(records), "best"), (max(steps), "newest"):
+        if step in rows:
+            rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
+    table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""], *rows.values()]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
     print(*lines, *(problems or [result] * verify), sep="\n")
@@ -3393,7 +3386,8 @@ def _main() -> int:
     try:
         return 0 if _look(**vars(parser.parse_args())) else 1
     except (OSError, CheckpointError, ValueError) as error:
-        return print(error, file=sys.stderr) or 2
+        print(error, file=sys.stderr)
+        return 2
 
 
 if _IS_PROGRAM:

@@ -9,7 +9,6 @@ import contextlib
 import copy
 import datetime
 import gc
-import importlib.metadata
 import importlib.util
 import itertools
 import json
