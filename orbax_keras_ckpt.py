@@ -417,6 +417,7 @@ def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended
 
 def _unwatch_fit(model: keras.Model) -> None:
     vars(model).pop("jax_state_sync", None)
+    _start_at_epoch(model, None)
 
 
 def _last_logs(fit: _Fit) -> Any:
@@ -443,13 +444,17 @@ def _count_as_seen(fit: _Fit, batches: int) -> None:
     fit.epoch_iterator._steps_seen += batches
 
 
-def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable:
-    """Makes the next step of `fit` return `logs` and change nothing, and no callback hear of it."""
+def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
+    """Makes the next step of `fit` return `logs` and change nothing, and no callback hear of it. Returns the undo."""
     # Where only validation is left of an epoch, fit needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
 
+    def undo() -> None:
+        if model.train_function is step:
+            model.train_function = train_function
+
     def step(state: tuple, iterator: Iterator) -> tuple:
-        model.train_function = train_function
+        undo()
         return logs, state
 
     def end(batch: int, logs: Any = None) -> None:
@@ -457,7 +462,7 @@ def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable:
 
     model.train_function = step
     callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, end
-    return step
+    return undo
 
 
 def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
@@ -1010,20 +1015,11 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 # -------------------------------------------------------------------------------------- stateful objects
 
-
-_SCRIPTS_OWN = (  # functions, classes and the like: what the script sets anew
-    types.FunctionType,
-    types.MethodType,
-    types.BuiltinFunctionType,
-    types.ModuleType,
-    np.ufunc,
-    functools.partial,
-    type,
-    keras.optimizers.schedules.LearningRateSchedule,
-)
-
-
+# Functions, classes and the like are the script's own: it sets them anew.
+_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
+_CODE += (np.ufunc, functools.partial, keras.optimizers.schedules.LearningRateSchedule)
 _PLAIN = (bool, int, float, str, type(None), np.generic)
+_ORDER_BYTES = 2**26
 
 
 def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
@@ -1033,48 +1029,69 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _is_saveable(value: Any) -> bool:
+def _text(value: Any) -> str | None:
+    """A value as JSON; None if it cannot be saved."""
     try:
-        _pack(value)
+        return json.dumps(_pack(value))
     except TypeError:
-        return False
-    return True
+        return None
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    if type(one) is not type(other):
-        return False
-    packed = [(_pack(value, arrays := []), [array.tobytes() for array in arrays]) for value in (one, other)]
-    return packed[0] == packed[1]
+    return type(one) is type(other) and _text(one) == _text(other)
+
+
+def _is_order(value: Any) -> bool:
+    """Whether an attribute of a dataset may say in which order its data comes; larger arrays are taken for the data."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
+        return is_small and _text(value.reshape(-1)[:1]) is not None
+    if type(value) in (list, tuple, set, dict):
+        return all(map(_is_order, [*value, *value.values()] if isinstance(value, dict) else value))
+    return type(value) in _PLAIN or _text(value) is not None
 
 
 class _Stateful:
-    """An object of the run beside the model: how its state is read and put back."""
+    """An object of the run beside the model: how its state is read and put back.
+
+    Of a callback, that is all attributes that differ from what the script has set, because what it sets anew is its
+    own choice. Of a PyDataset, it is all that may be the order of its data, numbers and texts only if they differ.
+    """
 
     def __init__(self, member: Any, label: str):
-        self.name = type(member).__name__
+        self.name, self.member = type(member).__name__, member
         self.label = f"{label} ({self.name})"
-        self.member = member
-        is_keras = isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset))
-        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and not is_keras):
+        bases = (keras.callbacks.Callback, keras.utils.PyDataset, None)
+        self._base = next(base for base in bases if base is None or isinstance(member, base))
+        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
             raise TypeError(
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
                 "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
             )
-        if methods := _state_methods(member):
-            self.get, self._put = methods
-        elif isinstance(member, keras.utils.PyDataset):
-            self._initial = {name: v for name, v in _dataset_attributes(member).items() if isinstance(v, _PLAIN)}
-            self.get, self._put = self._order, vars(member).update
-        elif is_keras:
-            self._initial = {}
-            self.get, self._put = self._changed, self._set_changed
-            self._initial = self.copy()
-        else:
+        methods = _state_methods(member)
+        if methods is None and self._base is None:
             raise TypeError(
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
+        self.get, self._put = methods or (self._changed, self._set_changed)
+        self._initial: dict[str, Any] = {}
+        if methods is None:
+            kinds = object if self._base is keras.callbacks.Callback else _PLAIN
+            self._initial = {name: value for name, value in self.copy().items() if isinstance(value, kinds)}
+
+    def _changed(self) -> dict[str, Any]:
+        inherited, changed = vars(self._base()), {}
+        for name, value in vars(self.member).items():
+            is_code = isinstance(value, _CODE) and value not in _OPERATIONS.values()
+            is_data = self._base is keras.utils.PyDataset and not _is_order(value)
+            is_as_set = name in self._initial and _is_same(value, self._initial[name])
+            if not (name in inherited or is_code or is_data or is_as_set):
+                changed[name] = value
+        return changed
+
+    def _set_changed(self, changed: Mapping[str, Any]) -> None:
+        vars(self.member).update(_copied(self._initial) | changed)
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1085,46 +1102,32 @@ class _Stateful:
         try:
             return _copied(state)
         except TypeError as error:
-            is_by_name = isinstance(self.member, keras.callbacks.Callback) and type(state) is dict
-            attributes = state.items() if is_by_name else []
-            named = [f"attribute {name!r}" for name, value in attributes if not _is_saveable(value)]
-            what = ", ".join(named) or "state"
+            items = state.items() if isinstance(state, dict) else ()
+            what = ", ".join(f"attribute {name!r}" for name, value in items if _text(value) is None) or "state"
             raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
     def copy_before_validation(self) -> Any:
-        """A copy of the state where validation may change it, else None: few callbacks hear of it."""
+        """A copy of the state, or None of a callback that does not hear of validation."""
         base = keras.callbacks.Callback
         hooks = [name for name in vars(base) if name.startswith("on_test_")]
         is_deaf = all(getattr(type(self.member), name, None) is getattr(base, name) for name in hooks)
         return None if is_deaf else self.copy()
-
-    def _changed(self) -> dict[str, Any]:
-        """A callback's attributes that differ from what the script has set: what it sets anew is its own choice."""
-        attributes = {name: value for name, value in vars(self.member).items() if name not in ("_model", "params")}
-        return {
-            name: value
-            for name, value in attributes.items()
-            if (any(value is each for each in _OPERATIONS.values()) or not isinstance(value, _SCRIPTS_OWN))
-            and not (name in self._initial and _is_same(value, self._initial[name]))
-        }
-
-    def _set_changed(self, changed: Mapping[str, Any]) -> None:
-        vars(self.member).update(_copied(self._initial) | changed)
-
-    def _order(self) -> dict[str, Any]:
-        """A dataset's attributes that are no data, without numbers and texts as the script has set them."""
-        attributes = {name: value for name, value in _dataset_attributes(self.member).items() if _is_order(value)}
-        return {n: v for n, v in attributes.items() if not isinstance(v, _PLAIN) or v != self._initial.get(n, ...)}
 
 
 # ------------------------------------------------------------------------------------------------ data
 
 
 class _Reader:
-    """Counts the batches of Keras's iterator. Keeps the last one, and what `note()` says just before the first."""
+    """Keras's iterator over batches, which `fit` reads by way of this one.
 
-    def __init__(self, iterator: Iterator, note: Callable[[], Any] | None = None):
-        self.iterator, self.note, self.count, self.origin, self.last = iterator, note, 0, None, None
+    Counts them, in all since it was made and in the whole run. Keeps the last one, and what `note()` says just before
+    the first.
+    """
+
+    def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
+        self.iterator, self.note = iterator, note
+        self.count, self.batches = 0, batches
+        self.origin = self.last = None
 
     def __iter__(self) -> Iterator:
         return self
@@ -1134,7 +1137,7 @@ class _Reader:
             self.origin = self.note()
         self.last = None  # frees its memory for the next one
         self.last = next(self.iterator)
-        self.count += 1
+        self.count, self.batches = self.count + 1, self.batches + 1
         return self.last
 
 
@@ -1165,7 +1168,8 @@ class _Resumable:
         self._iterator: Iterator | None = None
         self._states = collections.deque()
         self._number = 0  # of the batch that the first state is from before
-        self.drawn = self.drawn_before = 0  # in all, and before this fit
+        self.drawn, self._drawn_earlier = 0, 0  # in this fit, and in those before
+        self.stale = 0  # how many of these Keras still holds from before the data was rewound
         self.generator = self._batches()
 
     def _batches(self) -> Iterator[Any]:
@@ -1174,30 +1178,30 @@ class _Resumable:
             if self._iterator is None:
                 self._iterator = iter(self._data)
             state = copy.deepcopy(self._get())
-            try:
-                batch = next(self._iterator)
-            except StopIteration:
-                if is_empty:
-                    raise ValueError(f"resumable({type(self._data).__name__}): it is empty.") from None
-                is_empty = True
-                self._restart(self._beginning)
-            else:
-                is_empty = False
+            if (batch := next(self._iterator, self)) is not self:
                 self._states.append(state)
                 self.drawn += 1
                 yield batch
+            elif is_empty:
+                raise ValueError(f"resumable({type(self._data).__name__}): it is empty.")
+            else:
+                self._restart(self._beginning)
+            is_empty = batch is self
 
     def _restart(self, state: Any) -> None:
         if state is not None:
             self._put(copy.deepcopy(state))
         self._iterator = iter(self._data)  # by which a loader takes up the state
 
-    def rewind(self, state: Any) -> int:
-        """Goes on from a state, or from the beginning. How many batches `fit` has drawn that are void now."""
-        self._restart(self._beginning if state is None else state)
-        self._states.clear()
-        self._number = 0
-        return self.drawn - self.drawn_before
+    def begin(self, state: Any) -> None:
+        """A fit begins, at a state or at the beginning."""
+        if state is not None or self._drawn_earlier:  # else all is as it was made: a restart may draw random numbers
+            self._restart(self._beginning if state is None else state)
+            self._states.clear()
+            self._number, self.stale = 0, self.drawn
+
+    def end(self) -> None:
+        self.drawn, self._drawn_earlier = 0, self._drawn_earlier + self.drawn
 
     def forget(self, trained: int) -> None:
         """Drops the states before batches that have been trained on."""
@@ -1216,48 +1220,41 @@ class _Resumable:
         return self._states[0] if self._states else self._get()
 
 
-# A PyDataset may change itself between epochs: typically it shuffles an index. Its lists, random generators and
-# one-dimensional arrays are saved, and numbers and texts that have changed. Larger arrays are assumed to be the data.
+class _Dataset(_Stateful):
+    """The PyDataset of a `fit`. Warns where it may change itself between epochs, and that is not saved."""
 
-_ORDER_BYTES = 2**26
+    def __init__(self, dataset: keras.utils.PyDataset):
+        super().__init__(dataset, "the dataset")
+        self.hooks = [
+            name
+            for name in ("on_epoch_begin", "on_epoch_end")
+            if getattr(type(dataset), name, None) is not getattr(keras.utils.PyDataset, name, None)
+        ]
+        self._marks = self._unsaved() if self.hooks and not _state_methods(dataset) else {}
+        opaque = [name for name, mark in self._marks.items() if mark is None]
+        self._report(opaque, "may change attributes that cannot be saved")
 
+    def _unsaved(self) -> dict[str, int | None]:
+        """Checksums of the first rows of arrays that are not saved; None for what nothing is known of."""
+        marks: dict[str, int | None] = {}
+        for name, value in vars(self.member).items():
+            if not isinstance(value, _CODE) and not _is_order(value):
+                is_array = isinstance(value, (np.ndarray, jax.Array))
+                marks[name] = zlib.crc32(np.asarray(value[:64]).tobytes()) if is_array else None
+        return marks
 
-def _dataset_attributes(dataset: keras.utils.PyDataset) -> dict[str, Any]:
-    own = vars(keras.utils.PyDataset())
-    return {n: v for n, v in vars(dataset).items() if n not in own and not isinstance(v, _SCRIPTS_OWN)}
+    def compare(self) -> None:
+        """Called when the first epoch has ended."""
+        marks, self._marks = self._marks, {}
+        changed = [name for name, mark in (self._unsaved() if marks else {}).items() if mark != marks.get(name, mark)]
+        self._report(changed, "has changed attributes that look like data and are not saved")
 
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, jax.Array))
-
-
-def _is_order(value: Any) -> bool:
-    if _is_array(value):
-        return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and not isinstance(value, np.memmap)
-    if isinstance(value, (list, tuple, set, dict)):
-        return all(map(_is_order, value.values() if isinstance(value, dict) else value))
-    return type(value) in _PLAIN or _is_saveable(value)
-
-
-def _overridden(dataset: keras.utils.PyDataset) -> list[str]:
-    """The hooks by which a dataset may change itself between epochs."""
-    base = keras.utils.PyDataset
-    hooks = [name for name in ("on_epoch_begin", "on_epoch_end") if hasattr(base, name)]
-    return [name for name in hooks if getattr(type(dataset), name) is not getattr(base, name)]
-
-
-def _marks(dataset: keras.utils.PyDataset) -> dict[str, int | None]:
-    """Checksums of the first rows of arrays that are not saved; None for what nothing is known of."""
-    others = {name: value for name, value in _dataset_attributes(dataset).items() if not _is_order(value)}
-    return {n: zlib.crc32(np.asarray(v[:64]).tobytes()) if _is_array(v) else None for n, v in others.items()}
-
-
-def _warn_of_dataset(dataset: keras.utils.PyDataset, names: Sequence[str], problem: str) -> None:
-    if names:
-        _warn(
-            f"{type(dataset).__name__} overrides {' and '.join(_overridden(dataset))}, which {problem}: "
-            f"{', '.join(names)}. A resumed run may then see other data. Give the dataset get_state and set_state.",
-        )
+    def _report(self, names: Sequence[str], problem: str) -> None:
+        if names:
+            _warn(
+                f"{self.name} overrides {' and '.join(self.hooks)}, which {problem}: {', '.join(names)}. A resumed run "
+                "may then see other data. Give the dataset get_state and set_state."
+            )
 
 
 # ---------------------------------------------------------------------------------------------- arrays
@@ -2557,42 +2554,39 @@ def _signals(given: Any) -> tuple[signal.Signals, ...]:
 
 
 class _Preemption:
-    """The signals that ask a `fit` to save and stop, from its start to its end."""
+    """The signals that ask a `fit` to save and stop, until `undo` puts the earlier handlers back."""
 
-    def __init__(self, signals: Sequence[signal.Signals]):
+    def __init__(self, signals: Sequence[signal.Signals], undo: contextlib.ExitStack):
         self.received: int | None = None
-        self.asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
-        self._earlier: list[tuple[int, Any]] = []
+        self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
+        self._earlier: dict[int, Any] = {}
         if _jax_owns_sigterm():
             if others := [number.name for number in signals if number != signal.SIGTERM]:
                 _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.")
         elif signals and jax.process_count() > 1:
             _warn(
                 "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
-                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved.",
+                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved."
             )
         elif signals and threading.current_thread() is not threading.main_thread():
             _warn("fit runs outside the main thread: preemption_signals are not caught.")
         else:
-            self._earlier += [(number, signal.signal(number, self._note)) for number in signals]
+            for number in signals:
+                self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
+                undo.callback(signal.signal, number, self._earlier[number])
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
 
     def is_due(self) -> bool:
         """Whether one was received: with jax.distributed, the same call says so on all processes."""
-        if self.asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
+        if self._asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
             self.received = signal.SIGTERM
         return self.received is not None
 
-    def put_back(self) -> None:
-        """The earlier handlers."""
-        for number, handler in reversed(self._earlier):
-            signal.signal(number, handler)
-
     def leave(self) -> None:
         """Ends the process as the signal asks."""
-        earlier = dict(self._earlier).get(self.received)
+        earlier = self._earlier.get(self.received)
         if callable(earlier) and earlier is not signal.default_int_handler:
             earlier(self.received, None)
         raise KeyboardInterrupt if self.received == signal.SIGINT else SystemExit(128 + self.received)
@@ -2605,24 +2599,22 @@ _PROGRESS_SECONDS = 5.0  # between two lines about skipping
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
+def _copies(variables: Iterable[keras.Variable]) -> list[jax.Array]:
+    return [jax.numpy.copy(variable.value) for variable in variables]
+
+
 class _Pace:
-    """When `save_freq="auto"` saves: as often as that takes no more than `_SHARE` of the time, as measured."""
+    """When a save is due by `save_freq`. "auto" saves as often as that takes no more than `_SHARE` of the time."""
 
     _SHARE = 0.03
 
-    def __init__(self, size: int):
+    def __init__(self, freq: Any, saved: int | None, size: int):
+        self._freq, self._ask_at = freq, 0
+        self.saved = saved  # how many batches the newest checkpoint is after
         self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
         self._guess = size / 1e9  # of the seconds that the first will take
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
-        self._start = time.monotonic()
-
-    @property
-    def cost(self) -> float:
-        return self._blocked + max(self._slower, 0)
-
-    @property
-    def share(self) -> float:
-        return self.cost / (time.monotonic() - self._start)
+        self._start = self._saved_at = time.monotonic()
 
     def count_batch(self, seconds: float, is_writing: bool) -> None:
         """Batches are slower while a save is being written."""
@@ -2631,14 +2623,40 @@ class _Pace:
         elif self._usual:
             self._slower += seconds - statistics.median(self._usual)
 
-    def count_save(self, seconds: float) -> None:
+    def count_save(self, batches: int, seconds: float) -> None:
         """Counts a save, and how long training has waited for it."""
         self._blocked, self.saves = self._blocked + seconds, self.saves + 1
+        self.saved, self._saved_at = batches, time.monotonic()
 
-    def seconds_left(self) -> float:
-        """Until there is time for another save."""
-        each = self.cost / self.saves if self.saves else self._guess
-        return self._start + (self.cost + each) / self._SHARE - time.monotonic()
+    def cost(self) -> float:
+        """The seconds that the saves have taken."""
+        return self._blocked + max(self._slower, 0)
+
+    def share(self) -> float:
+        return self.cost() / (time.monotonic() - self._start)
+
+    def is_due(self, batches: int, is_writing: bool) -> bool:
+        """Whether to save after so many batches; on all processes the same."""
+        saved, now = self.saved or 0, time.monotonic()
+        if self._freq == "epoch" or batches <= saved:
+            return False
+        if _is_count(self._freq):
+            return batches // self._freq > saved // self._freq
+        passed = now - self._saved_at
+        if self._freq != "auto":
+            left = self._freq.total_seconds() - passed
+        elif is_writing:
+            left = math.inf
+        else:
+            each = self.cost() / self.saves if self.saves else self._guess
+            left = (self.cost() + each) / self._SHARE - (now - self._start)
+        if jax.process_count() > 1:
+            if batches < self._ask_at:
+                return False
+            # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
+            left, wait = _gather([left, int((batches - saved) * min(1, max(left, 0) / passed))])[0]
+            self._ask_at = batches + wait
+        return left <= 0
 
 
 class _Run:
@@ -2647,191 +2665,174 @@ class _Run:
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         self.callback, self.fit = callback, fit
         self.model, self.manager = callback._fitted_model, callback.checkpoint_manager
-        self.resumable, self.epochs = callback._resumable, fit.epochs
-        self.datasets = [
-            _Stateful(data, "The dataset") if isinstance(data, keras.utils.PyDataset) else None
-            for data in (fit.data, fit.held_out)
-        ]
-        self.marks: dict[str, Any] | None = None  # of the first one
+        train, held_out = (isinstance(data, keras.utils.PyDataset) for data in (fit.data, fit.held_out))
+        self.dataset = _Dataset(fit.data) if train else None
+        self.members = [*callback._stateful, self.dataset, _Stateful(fit.held_out, "the dataset") if held_out else None]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
-        self.first_epoch = 0
-        self.restored: _Restored | None = None
-        self.keeps_optimizer = False  # because the model was compiled anew behind an earlier fit
-        self.own: dict[str, Any] = {}  # what the checkpoint holds of this process
-        self.is_skipping = False  # until the first batch that has not been trained on
-        self.is_inside = False  # whether the checkpoint is from inside an epoch, behind its `on_epoch_begin`
-        self.stale = 0  # batches that Keras holds from before the data was rewound
-        self.reader = _Reader(iter(()))
-        self.epoch = self.base = self.before = 0  # `base` and `before`: batches before this epoch, of reader and run
-        self.is_trained = False  # whether all batches of the epoch are
-        self.references: list[weakref.ref] = []  # to the values that the variables had
-        self.before_validation: tuple | None = None  # what validation may change
-        self.saved, self.saved_at, self.ask_at = 0, time.monotonic(), 0
-        self.pace: _Pace | None = None
-        self.on_disk: int | None = None
+        self.restored = _Restored(None, None, {})
+        self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
+        self.epoch = self.before = 0  # the present one, and the batches of the run before it
+        self.before_batch: tuple = ()  # references to the values of the variables; copies of the metrics
+        self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: _Preemption | None = None
-        self.passing: Callable | None = None
-        self.failure: Exception | None = None
+        self.undo = contextlib.ExitStack()
 
     @property
     def batch(self) -> int:
         """How many batches of this epoch have been trained on."""
-        return self.reader.count - self.base
-
-    @property
-    def batches(self) -> int:
-        """How many batches of the whole run have been trained on."""
-        return self.before + self.batch
+        return self.reader.batches - self.before
 
     # Starting.
 
     def begin(self) -> None:
         """The very end of `on_train_begin`, behind all other callbacks."""
+        self.undo.callback(_unwatch_fit, self.model)
         self._check()
-        rate = _learning_rate(self.model)
-        self.restored = self.manager._restore(None, self._plan, donate=True)
-        self.own = (self.restored and self.restored.own) or {}
-        self.saved = self.before = self._batches_at(self.start)
-        if self.resumable is not None and (self.resumable.drawn_before or self._data_of("state") is not None):
-            self.stale = self.resumable.rewind(self._data_of("state"))  # may draw from torch's random generator
-        if self.restored is None:
+        rate, resumable = _learning_rate(self.model), self.callback._resumable
+        found = self.manager._restore(None, self._plan, donate=True)
+        if found is not None:
+            self.restored = found._replace(own=found.own or {})
+        self.reader = _Reader(iter(()), self._origin, self._batches_at(self.start))
+        size = sum(value.nbytes for values in _values(_train_state(self.model)) for value in values)
+        self.pace = _Pace(self.callback._save_freq, self.reader.batches if found else None, size)
+        if resumable is not None:
+            resumable.begin(self._data_of("state"))
+        if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
             self._say_loaded(rate)
             self._continue()
-        if self.callback._save_freq == "auto":
-            self.pace = _Pace(sum(value.nbytes for value in itertools.chain(*_values(_train_state(self.model)))))
-        self.preemption = _Preemption(self.callback._signals)
+        self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
+        self.undo.callback(setattr, self.manager, "_fitting", False)
         _watch_fit(self.model, self.fit, self._end_training, self.end)
         _stand_between(self.fit, self.steps)
 
     def _check(self) -> None:
-        """Raises before anything is restored what a save would raise."""
+        """Raises before anything is restored what a save would raise, and warns of what cannot be exact."""
         self.manager._start_run()
-        for member in filter(None, [*self.callback._stateful, *self.datasets]):
+        for member in filter(None, self.members):
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
-        iterator, resumable = self.fit.epoch_iterator, self.resumable
-        if resumable is not None and (iterator.steps_per_epoch is None or resumable.drawn == resumable.drawn_before):
+        iterator, resumable = self.fit.epoch_iterator, self.callback._resumable
+        if resumable is not None and not (resumable.drawn and iterator.steps_per_epoch):
             raise ValueError(
                 "checkpoint.resumable(data) was called, but what it returned was not passed to fit, or steps_per_epoch "
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
-        if self.datasets[0] and _overridden(self.fit.data) and not _state_methods(self.fit.data):
-            self.marks = _marks(self.fit.data)
-            opaque = [name for name, mark in self.marks.items() if mark is None]
-            _warn_of_dataset(self.fit.data, opaque, "may change attributes that cannot be saved")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(
                 "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
-                "run validates on other batches. Use arrays or a dataset.",
+                "run validates on other batches. Use arrays or a dataset."
             )
-        others = [name for name, value in vars(self.model).items() if isinstance(value, keras.optimizers.Optimizer)]
+        others = {n: v for n, v in vars(self.model).items() if isinstance(v, keras.optimizers.Optimizer)}
         if others := [name for name in others if getattr(self.model, name) is not self.model.optimizer]:
             _warn(
                 f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
-                "objects with get_state and set_state in stateful.",
+                "objects with get_state and set_state in stateful."
             )
         if _has_workers(self.fit) and iterator.data_adapter.shuffle:
             _warn(
-                f"{type(self.fit.data).__name__} has workers={self.fit.data.workers}: with shuffle=True, Keras carries "
-                "batches over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or "
-                "shuffle=False.",
+                f"{self.dataset.name} has workers={self.fit.data.workers}: with shuffle=True, Keras carries batches "
+                "over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or shuffle=False."
             )
 
     def _data_of(self, name: str) -> Any:
         """What the checkpoint that is being continued says of the position in the data."""
-        return (self.own.get("data") or {}).get(name)
+        return self.restored.own.get("data", {}).get(name)
 
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
         """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
-        self.start = start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
-        is_stopped = record is not None and self.epochs <= (record.stopped or 0)
-        self.first_epoch = max(start.epoch, self.epochs) if is_stopped else start.epoch
-        if problems := self._differences(step, record):
+        self.start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
+        if problems := list(self._differences(step, record)):
             raise CheckpointMismatchError(
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
                 "changed. Use the same data and settings as before, or another directory."
             )
-        is_of_here = record is not None and not record.unfinished and start.epoch <= self.callback._epochs_done
-        self.keeps_optimizer = is_of_here and self.model.optimizer is not self.callback._optimizer
         metrics = record is not None and _GROUPS[3] in record.variables
-        return _variables(self.model, optimizer=not self.keeps_optimizer, metrics=metrics)
+        return _variables(self.model, optimizer=not self._keeps_optimizer(record), metrics=metrics)
 
-    def _differences(self, step: int, record: _Record | None) -> list[str]:
+    def _is_over(self, record: _Record | None) -> bool:
+        """Whether nothing is left to train: all epochs are done, or a callback has stopped such a fit."""
+        return self.fit.epochs <= max(self.start.epoch, (record and record.stopped) or 0)
+
+    def _keeps_optimizer(self, record: _Record | None) -> bool:
+        """Whether the model has been compiled anew since a fit of this process that was at the checkpoint."""
+        done, optimizer = self.callback._done
+        is_of_here = record is not None and not record.unfinished and record.position.epoch <= done
+        return is_of_here and self.model.optimizer is not optimizer
+
+    def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
         """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
-        problems, start, iterator = [], self.start, self.fit.epoch_iterator
+        start, iterator, calls = self.start, self.fit.epoch_iterator, self.model.steps_per_execution
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
             _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.")
-        elif saved is not None and saved != given:
-            problems.append(f"it was saved with stateful={saved}, but now stateful={given} was passed")
-        if self.first_epoch >= self.epochs:
-            return problems
+        elif saved not in (None, given):
+            yield f"it was saved with stateful={saved}, but now stateful={given} was passed"
+        if self._is_over(record):
+            return
         following = self._step(start.epoch, self._batches_at(start) + 1)
         if following < step + (not record or not record.unfinished):
-            problems.append(
+            yield (
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
-        if not self.first_epoch and self.fit.initial_epoch:  # which Keras would prefer to 0
-            problems.append(f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed")
+        if start.epoch == 0 and self.fit.initial_epoch:  # which Keras would prefer to 0
+            yield f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed"
         if saved is None:
             if iterator.steps_per_epoch is not None:
                 problem = "this callback did not save it, so the position in the data is unknown"
                 _warn(f"Step {step}: {problem}. The data starts from its beginning.")
-            return problems
-        if record.is_resumable and self.resumable is None:
-            problems.append("fit read checkpoint.resumable(data) then, but now reads other data")
+            return
+        if record.is_resumable and self.callback._resumable is None:
+            yield "fit read checkpoint.resumable(data) then, but now reads other data"
         batches, now = record.num_batches, iterator.num_batches
         if start.batch and batches and now and batches != now:
             lengths = f"{batches} batches, and now an epoch has {now}"
-            problems.append(f"it is inside an epoch of {lengths}: the batch size or the data has changed")
-        if start.batch % self.model.steps_per_execution and not record.is_trained:
-            calls = f"steps_per_execution={self.model.steps_per_execution}"
-            problems.append(f"it is after {start.batch} batches of an epoch, which is not a multiple of {calls}")
-        return problems
+            yield f"it is inside an epoch of {lengths}: the batch size or the data has changed"
+        if start.batch % calls and not record.is_trained:
+            batches = f"{start.batch} batches of an epoch"
+            yield f"it is after {batches}, which is not a multiple of steps_per_execution={calls}"
 
     def _say_loaded(self, script_rate: float | None) -> None:
-        start, rate = self.start, _learning_rate(self.model)
-        if start.epoch >= self.epochs:
-            line = f"Nothing left to train: {start.epoch} of {self.epochs} epochs are done"
-            if start.epoch > self.epochs:
-                line = f"Nothing left to train: {start.epoch} epochs are done, more than epochs={self.epochs}"
-        elif self.first_epoch >= self.epochs:
-            line = f"Nothing left to train: a callback stopped the run after {start.epoch} epochs"
+        done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self.model)
+        if done > epochs:
+            line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}"
+        elif done == epochs:
+            line = f"Nothing left to train: {done} of {epochs} epochs are done"
+        elif self._is_over(self.restored.record):
+            line = f"Nothing left to train: a callback stopped the run after {done} epochs"
         else:
-            line = f"Continue with epoch {start.epoch + 1} of {self.epochs}"
-            line += f", after batch {start.batch}" if start.batch else ""
-        differs = None not in (rate, script_rate) and rate != script_rate
-        rates = f", with the learning rate {rate:g} instead of the script's {script_rate:g}" if differs else ""
-        kept = ", with the optimizer that the model has been compiled with since" if self.keeps_optimizer else ""
+            line = f"Continue with epoch {done + 1} of {epochs}"
+            line += f", after batch {self.start.batch}" if self.start.batch else ""
+        line += f" (step {self.restored.step} in {self.manager.directory})"
+        if None not in (rate, script_rate) and rate != script_rate:
+            line += f", with the learning rate {rate:g} instead of the script's {script_rate:g}"
+        if self._keeps_optimizer(self.restored.record):
+            line += ", with the optimizer that the model has been compiled with since"
         self.say("Load Orbax checkpoint on_train_begin.")
-        self.say(f"{line} (step {self.restored.step} in {self.manager.directory}){rates}{kept}.")
+        self.say(f"{line}.")
 
     def _continue(self) -> None:
         """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
-        self.on_disk = self.saved
+        record, own = self.restored.record, self.restored.own
         *others, metrics = _train_state(self.model)
-        self.references = _references(others)
-        self.metrics = [jax.numpy.copy(variable.value) for variable in metrics]
+        self.before_batch = _references(others), _copies(metrics)
         self._put_back()
-        for history in self._histories() if "history" in self.own else ():
-            vars(history).update(_copied(self.own["history"]))
-        if "random" in self.own:
-            _set_random_state(self.own["random"])
-        self.is_inside = self.restored.record is not None and self.restored.record.unfinished
-        self.is_skipping = bool(self.is_inside or self._data_of("count"))
-        _start_at_epoch(self.model, self.first_epoch)
+        for history in self._histories() if "history" in own else ():
+            vars(history).update(_copied(own["history"]))
+        if "random" in own:
+            _set_random_state(own["random"])
+        self.is_inside = record is not None and bool(record.unfinished)
+        first = self.fit.epochs if self._is_over(record) else self.start.epoch
+        _start_at_epoch(self.model, first)
 
     def _put_back(self) -> None:
         """What belongs to the run beside the variables and the random state."""
-        for member, state in zip(self.callback._stateful, self.own.get("stateful", ())):
-            member.put(state)
-        for dataset, state in zip(self.datasets, self.own.get("datasets", ())):
-            if dataset is not None and state is not None:
-                dataset.put(state)
-        _are_averages_in(self.fit, self.own.get("averages"))
+        for member, state in zip(self.members, self.restored.own.get("members", ())):
+            if member and state is not None:
+                member.put(state)
+        _are_averages_in(self.fit, self.restored.own.get("averages"))
 
     def _histories(self) -> list[keras.callbacks.History]:
         return [each for each in self.fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
@@ -2841,71 +2842,68 @@ class _Run:
     def begin_epoch(self, epoch: int) -> None:
         """The very end of `on_epoch_begin`."""
         _start_at_epoch(self.model, None)  # fit has read it, and a callback may fit as well
-        self.epoch, self.before, self.base = epoch, self.batches, self.reader.count
-        self.is_trained, self.before_validation = False, None
-        if self.is_skipping:
+        self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
+        if self.is_inside:
             self.before -= self.start.batch
-            self.random_after = self.own["random"] if self.is_inside else _random_state()
-            if self._data_of("origin"):
-                _set_random_state(self._data_of("origin")["random"])  # the dataset's `on_epoch_begin` may draw next
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
         """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
             if iterator is not self.reader.iterator:
                 self._open(iterator)
-            if self.is_skipping:
+            if self.is_inside:
                 if place[0] < self.start.batch:
                     continue
                 yield from self._arrive(place)
-            if self.resumable is not None:
-                self.resumable.forget(self.reader.count)
+            if self.callback._resumable is not None:
+                self.callback._resumable.forget(self.reader.count)
             if self.preemption.is_due() or self._is_due():
                 self._save_inside()
             start = time.monotonic()
             yield (*place, self.reader)
-            if self.pace is not None:
-                self.pace.count_batch(time.monotonic() - start, self.manager._is_writing)
-        if self.is_skipping:
+            self.pace.count_batch(time.monotonic() - start, self.manager._is_writing)
+        if self.is_inside:
             yield from self._arrive(place)
 
     def _open(self, iterator: Iterator) -> None:
         """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
-        self.reader, self.base = _Reader(iterator, self._origin), 0
-        for _ in range(self.stale):
+        is_first, resumable = not self.reader.count, self.callback._resumable
+        self.reader = _Reader(iterator, self._origin, self.reader.batches)
+        while resumable is not None and resumable.stale:
             next(iterator)
-        self.stale = 0
-        is_long = self.datasets[0] is not None and self.fit.epoch_iterator.steps_per_epoch is not None
-        if is_long and _overridden(self.fit.data) and _reads_ahead(iterator):
-            problem = "is read ahead by Keras from one epoch into the next (steps_per_epoch), across these hooks"
-            _warn_of_dataset(self.fit.data, [type(self.fit.data).__name__], problem)
-        if not self.is_skipping:
-            return
-        count, origin = self._data_of("count") or 0, self._data_of("origin")
-        if count:
-            now = self._origin()
-            self._set_origin(origin)
+            resumable.stale -= 1
+        hooks = self.dataset.hooks if self.dataset and self.fit.epoch_iterator.steps_per_epoch else []
+        if hooks and _reads_ahead(iterator):
+            _warn(
+                f"{self.dataset.name} overrides {' and '.join(hooks)}, and with steps_per_epoch it is read ahead by "
+                "Keras from one epoch into the next, across these hooks. A resumed run may then see other data. Leave "
+                "steps_per_epoch out."
+            )
+        if is_first and (count := self._data_of("count")):
+            now, batches = self._origin(), self.reader.batches
+            self._set_origin(self._data_of("origin"))
             self._skip(count)
             self._compare_last()
             self._set_origin(now)
-        self.base = count - self.start.batch
-        _count_as_seen(self.fit, self.base)
+            self.reader.batches = batches
+            _count_as_seen(self.fit, count - self.start.batch)
 
     def _origin(self) -> dict[str, Any]:
         """What decides the batches of a pass over the data."""
-        return {"random": _random_state(), "dataset": self.datasets[0] and self.datasets[0].copy()}
+        return {"random": _random_state(), "dataset": self.dataset and self.dataset.copy()}
 
     def _set_origin(self, origin: Mapping[str, Any]) -> None:
         _set_random_state(origin["random"])
-        if self.datasets[0] is not None and origin["dataset"] is not None:
-            self.datasets[0].put(origin["dataset"])
+        if self.dataset and origin["dataset"] is not None:
+            self.dataset.put(origin["dataset"])
 
     def _skip(self, count: int) -> None:
+        said_at = time.monotonic()
         for number in range(count):
             if self.preemption.is_due():
                 self._leave()
-            if time.monotonic() - self.saved_at > _PROGRESS_SECONDS:
-                self.saved_at = time.monotonic()
+            if time.monotonic() - said_at > _PROGRESS_SECONDS:
+                said_at = time.monotonic()
                 self.say(f"Skipped {number} of {count} batches.")
             try:
                 next(self.reader)
@@ -2917,9 +2915,8 @@ class _Run:
 
     def _compare_last(self) -> None:
         """Reports where the last batch skipped is not the one that was trained on."""
-        saved, step = self._data_of("last"), self.restored.step
-        found = _fingerprint(self.reader.last)
-        if saved is None or self.restored.record.processes != jax.process_count() or found == saved:
+        step, saved, found = self.restored.step, self._data_of("last"), _fingerprint(self.reader.last)
+        if found == saved or not saved["shapes"] or self.restored.record.processes != jax.process_count():
             return
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
@@ -2927,52 +2924,44 @@ class _Run:
                 f"{found['shapes']}: the batch size or the data has changed. Nothing was trained. Pass fit "
                 "the same data as before, or use another directory."
             )
-        if self.datasets[0] is not None and self.reader.count > self.start.batch:
+        if self.dataset and self.reader.count > self.start.batch:
             return  # it may have changed since this pass began, in an earlier epoch
         _warn(
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
             "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
-            "for each fit, or pass checkpoint.resumable(iterator) to fit.",
+            "for each fit, or pass checkpoint.resumable(iterator) to fit."
         )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
         """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
-        self.is_skipping = False
-        if self.is_inside:
-            self._put_back_variables()
-            self._put_back()
-        _set_random_state(self.random_after)
-        self.saved_at = time.monotonic()
-        if self.start.batch:  # fit wants logs, if only validation is left
-            self.passing = _let_pass(self.model, self.fit, self.own["logs"])
-            yield (*place, self.reader)
-
-    def _put_back_variables(self) -> None:
+        self.is_inside = False
         *others, metrics = _train_state(self.model)
-        if _are_replaced(self.references, others):  # by another callback
+        references, values = self.before_batch
+        if _are_replaced(references, others):  # by another callback
             self.manager._restore(self.restored.step, self._plan, donate=True)
-            return
-        for variable, value in zip(metrics, self.metrics):
-            variable.assign(value)
+        else:
+            for variable, value in zip(metrics, values):
+                variable.assign(value)
+        self._put_back()
+        _set_random_state(self.restored.own["random"])
+        if self.start.batch:  # fit wants logs, if only validation is left
+            self.undo.callback(_let_pass(self.model, self.fit, self.restored.own["logs"]))
+            yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
     def _end_training(self) -> None:
         """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
-        self.is_trained = True
-        trainable, fixed, _, metrics = _train_state(self.model)
         if self.fit.held_out is None or self.model.stop_training:
             return
-        self.references = _references([trainable, fixed])
+        trained, fixed, _, metrics = _train_state(self.model)
         # Large ones are assumed to be frozen weights.
         small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed]
-        metrics = [jax.numpy.copy(variable.value) for variable in metrics]
-        states = [member.copy_before_validation() for member in self.callback._stateful]
-        datasets = [dataset and dataset.copy() for dataset in self.datasets]
-        self.before_validation = small, metrics, states, datasets, _random_state()
+        own = self._belongings() | {"members": [member and member.copy_before_validation() for member in self.members]}
+        self.before_validation = _references([trained, fixed]), _copies(metrics), small, own
 
     def begin_validation(self) -> None:
-        if self.before_validation and _are_replaced(self.references, _train_state(self.model)[:2]):
+        if self.before_validation and _are_replaced(self.before_validation[0], _train_state(self.model)[:2]):
             self.before_validation = None  # another callback has swapped weights until validation ends: signals wait
 
     def validate(self) -> None:
@@ -2980,31 +2969,24 @@ class _Run:
         if self.before_validation is None or not self.preemption.is_due():
             return
         self.model.jax_state_sync()
-        small, metrics, states, datasets, random_state = self.before_validation
+        _, metrics, small, own = self.before_validation
         trained, fixed, optimizer, _ = _values(_train_state(self.model))
         fixed = [new if old is None else old for old, new in zip(small, fixed)]
-        own = self._belongings() | {"random": random_state, "datasets": datasets}
-        own["stateful"] = [new if old is None else old for old, new in zip(states, own["stateful"])]
+        own["members"] = [
+            member and (member.get() if old is None else old) for member, old in zip(self.members, own["members"])
+        ]
         self._save_inside((trained, fixed, optimizer, metrics), own)
 
     def end_epoch(self, epoch: int, logs: Mapping[str, Any] | None) -> None:
         """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
         self.before_validation = None
-        if self.marks is not None:
-            marks, self.marks = self.marks, None
-            changed = [name for name, mark in _marks(self.fit.data).items() if mark != marks.get(name, mark)]
-            _warn_of_dataset(self.fit.data, changed, "has changed attributes that look like data and are not saved")
-        is_stopped = self.model.stop_training
-        is_last, is_leaving = is_stopped or epoch + 1 >= self.epochs, self.preemption.is_due()
-        if self.callback._save_freq == "epoch" or is_last or is_leaving or self._is_due():
-            started = self._save(
-                _Position(epoch + 1, 0, self.batches),
-                logs,
-                self._belongings(is_epoch_end=True),
-                stopped=self.epochs if is_stopped else None,
-                force=is_last or is_leaving,
-            )
-            if started:
+        if self.dataset:
+            self.dataset.compare()
+        is_stopped, is_leaving = self.model.stop_training, self.preemption.is_due()
+        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self._is_due()
+        if is_asked or self.callback._save_freq == "epoch":
+            position, own = _Position(epoch + 1, 0, self.reader.batches), self._belongings(is_epoch_end=True)
+            if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
                 self.say("Save Orbax checkpoint on_epoch_end.")
         if is_leaving:
             self._leave()
@@ -3013,36 +2995,28 @@ class _Run:
 
     def end(self, is_complete: bool = False) -> None:
         """However `fit` ends: nothing of the run is left in the model, and what was being saved is on disk."""
-        callback = self.callback
-        _unwatch_fit(self.model)
-        _start_at_epoch(self.model, None)
-        if self.passing is not None and self.model.train_function is self.passing:
-            self.model.train_function = None
-        if self.preemption is not None:
-            self.preemption.put_back()
-        self.manager._fitting, self.before_validation, self.is_trained = False, None, False
+        error, callback, self.before_validation = sys.exc_info()[1], self.callback, None
+        with self.undo:
+            try:
+                self.manager.wait_until_finished()
+            except Exception as failure:
+                self.manager._failure = failure
+        if callback._resumable is not None:
+            callback._resumable.end()
         if is_complete:
-            callback._epochs_done, callback._optimizer = max(callback._epochs_done, self.epochs), self.model.optimizer
-        if self.resumable is not None:
-            self.resumable.drawn_before = self.resumable.drawn
-        try:
-            self.manager.wait_until_finished()
-        except Exception as error:
-            self.failure = error
-        is_error = not is_complete and isinstance(sys.exc_info()[1], Exception)
-        if is_error and self.preemption is not None and self.preemption.received is not None:
+            callback._done = max(callback._done[0], self.fit.epochs), self.model.optimizer
+            return
+        callback._run, failure, self.manager._failure = None, self.manager._failure, None
+        if failure is not None:  # not to hide the first error
+            _warn(f"The last save failed as well: {failure!r}")
+        if isinstance(error, Exception) and self.preemption and self.preemption.received is not None:
             signal.raise_signal(self.preemption.received)  # what fit raises must not hide it
-        if not is_complete:
-            callback._run = None
-            if self.failure is not None:  # not to hide the first error
-                _warn(f"The last save failed as well: {self.failure!r}")
 
     def finish(self) -> None:
         """The very end of a `fit` that has trained all its epochs."""
-        if self.failure is not None:
-            raise self.failure
-        if self.pace is not None:
-            self.say(f"Saved {self.pace.saves} times, which took {self.pace.share:.1%} of the time.")
+        self.manager.wait_until_finished()  # raises what has failed
+        if self.callback._save_freq == "auto":
+            self.say(f"Saved {self.pace.saves} times, which took {self.pace.share():.1%} of the time.")
         if self.preemption.received is not None:
             self._leave()
 
@@ -3056,22 +3030,7 @@ class _Run:
         return position.epoch * self.manager._steps_per_epoch if position.batches is None else position.batches
 
     def _is_due(self) -> bool:
-        freq, batches = self.callback._save_freq, self.batches - self.saved
-        if freq == "epoch":
-            return False
-        if _is_count(freq):
-            return self.batches // freq > self.saved // freq
-        passed = time.monotonic() - self.saved_at
-        if self.pace is None:
-            left = freq.total_seconds() - passed
-        else:
-            left = math.inf if self.manager._is_writing else self.pace.seconds_left()
-        if jax.process_count() == 1 or not batches or self.batches < self.ask_at:
-            return jax.process_count() == 1 and batches > 0 and left <= 0
-        # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
-        left, wait = _gather([left, int(batches * min(1, max(left, 0) / passed))])[0]
-        self.ask_at = self.batches + wait
-        return left <= 0
+        return self.pace.is_due(self.reader.batches, self.manager._is_writing)
 
     def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:
         """What belongs to a checkpoint at this very moment beside the model's variables."""
@@ -3079,8 +3038,7 @@ class _Run:
         return {
             "random": _random_state(),
             "data": self._position_in_data(is_epoch_end),
-            "stateful": [member.get() for member in self.callback._stateful],
-            "datasets": [dataset and dataset.get() for dataset in self.datasets],
+            "members": [member and member.get() for member in self.members],
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
@@ -3088,46 +3046,41 @@ class _Run:
 
     def _position_in_data(self, is_epoch_end: bool) -> dict[str, Any]:
         """How the next batch is found again: how Keras's iterator came about, and how many batches it has given."""
-        if self.resumable is not None:
-            return {"state": self.resumable.state(self.reader.count)}
-        if not self.reader.count or (is_epoch_end and not _goes_on(self.fit, self.reader.iterator)):
-            return {"count": 0}
-        last = self.reader.last  # none where the data has ended inside an execution of several steps
-        last = None if last is None else _fingerprint(last)
-        return {"count": self.reader.count, "origin": self.reader.origin, "last": last}
+        reader = self.reader
+        if self.callback._resumable is not None:
+            return {"state": self.callback._resumable.state(reader.count)}
+        if not reader.count or (is_epoch_end and not _goes_on(self.fit, reader.iterator)):
+            return {}
+        return {"count": reader.count, "origin": reader.origin, "last": _fingerprint(reader.last)}
 
-    def _save(self, position: _Position, metrics: Any, own: dict[str, Any], **further: Any) -> bool:
+    def _save(self, position: _Position, logs: Any, own: dict[str, Any], **further: Any) -> bool:
         notes = {
             "stateful": [member.name for member in self.callback._stateful],
             "num_batches": self.fit.epoch_iterator.num_batches,
-            "is_resumable": self.resumable is not None,
-            "is_trained": self.is_trained,
+            "is_resumable": self.callback._resumable is not None,
         }
-        start = time.monotonic()
+        start, step = time.monotonic(), self._step(self.epoch, self.reader.batches)
         try:
-            started = self.manager._save(
-                self._step(self.epoch, self.batches), position, metrics, own=own, **notes, **further
-            )
+            started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
-            for member in self.callback._stateful:
+            for member in filter(None, self.members):
                 member.copy()  # names it, if it is the state of one of these that cannot be saved
             raise
-        if self.pace is not None:
-            self.pace.count_save(time.monotonic() - start)
-        self.saved, self.saved_at = self.batches, time.monotonic()
-        self.on_disk = self.batches if started else self.on_disk
+        if started:
+            self.pace.count_save(self.reader.batches, time.monotonic() - start)
         return started
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
-        """Saves a snapshot inside the epoch; leaves if that is asked for."""
-        if self.batches != self.on_disk:
+        """Saves a snapshot inside the epoch, of these values in validation; leaves if that is asked for."""
+        if self.reader.batches != self.pace.saved:
             self.model.jax_state_sync()
             self._save(
-                _Position(self.epoch, self.batch, self.batches),
+                _Position(self.epoch, self.batch, self.reader.batches),
                 None,
                 own or self._belongings(),
                 values=values or _values(_train_state(self.model)),
                 unfinished=True,
+                is_trained=values is not None,
                 force=True,
             )
             self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {self.batch}.")
@@ -3255,8 +3208,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._verbose = verbose
         self._resumable: _Resumable | None = None
         self._run: _Run | None = None
-        self._epochs_done = 0  # by the fits of this callback
-        self._optimizer: keras.optimizers.Optimizer | None = None  # of the last of them
+        self._done: tuple[int, Any] = 0, None  # the epochs of its fits, and the optimizer of the last one
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
