@@ -1221,18 +1221,15 @@ class _Resumable:
 
 
 class _Dataset(_Stateful):
-    """The PyDataset of a `fit`. Warns where it may change itself between epochs, and that is not saved."""
+    """The PyDataset of a `fit`. Warns where it may change itself between epochs in ways that are not saved."""
 
     def __init__(self, dataset: keras.utils.PyDataset):
         super().__init__(dataset, "the dataset")
-        self.hooks = [
-            name
-            for name in ("on_epoch_begin", "on_epoch_end")
-            if getattr(type(dataset), name, None) is not getattr(keras.utils.PyDataset, name, None)
-        ]
-        self._marks = self._unsaved() if self.hooks and not _state_methods(dataset) else {}
-        opaque = [name for name, mark in self._marks.items() if mark is None]
-        self._report(opaque, "may change attributes that cannot be saved")
+        hooks, base = ("on_epoch_begin", "on_epoch_end"), keras.utils.PyDataset
+        self._hooks = [name for name in hooks if getattr(type(dataset), name, None) is not getattr(base, name, None)]
+        self._marks = {} if _state_methods(dataset) else self._unsaved()
+        if opaque := [name for name, mark in self._marks.items() if mark is None]:
+            self.warn(f"may change attributes that cannot be saved: {', '.join(opaque)}")
 
     def _unsaved(self) -> dict[str, int | None]:
         """Checksums of the first rows of arrays that are not saved; None for what nothing is known of."""
@@ -1244,16 +1241,17 @@ class _Dataset(_Stateful):
         return marks
 
     def compare(self) -> None:
-        """Called when the first epoch has ended."""
+        """Called when an epoch has ended; warns once."""
         marks, self._marks = self._marks, {}
-        changed = [name for name, mark in (self._unsaved() if marks else {}).items() if mark != marks.get(name, mark)]
-        self._report(changed, "has changed attributes that look like data and are not saved")
+        now = self._unsaved() if marks else {}
+        if changed := [name for name, mark in now.items() if mark != marks.get(name, mark)]:
+            self.warn(f"has changed attributes that look like data and are not saved: {', '.join(changed)}")
 
-    def _report(self, names: Sequence[str], problem: str) -> None:
-        if names:
+    def warn(self, problem: str) -> None:
+        if self._hooks:
             _warn(
-                f"{self.name} overrides {' and '.join(self.hooks)}, which {problem}: {', '.join(names)}. A resumed run "
-                "may then see other data. Give the dataset get_state and set_state."
+                f"{self.name} overrides {' and '.join(self._hooks)}, which {problem}. A resumed run may then see other "
+                "data. Give the dataset get_state and set_state."
             )
 
 
@@ -2594,8 +2592,6 @@ class _Preemption:
 
 # -------------------------------------------------------------------------------------------- callback
 
-
-_PROGRESS_SECONDS = 5.0  # between two lines about skipping
 _SMALL_BYTES = 2**20  # non-trainable variables up to this size may be changed by validation
 
 
@@ -2608,11 +2604,10 @@ class _Pace:
 
     _SHARE = 0.03
 
-    def __init__(self, freq: Any, saved: int | None, size: int):
+    def __init__(self, freq: Any, saved: int | None):
         self._freq, self._ask_at = freq, 0
         self.saved = saved  # how many batches the newest checkpoint is after
         self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
-        self._guess = size / 1e9  # of the seconds that the first will take
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
         self._start = self._saved_at = time.monotonic()
 
@@ -2636,26 +2631,23 @@ class _Pace:
         return self.cost() / (time.monotonic() - self._start)
 
     def is_due(self, batches: int, is_writing: bool) -> bool:
-        """Whether to save after so many batches; on all processes the same."""
+        """Whether to save after so many batches; the same on all processes."""
         saved, now = self.saved or 0, time.monotonic()
         if self._freq == "epoch" or batches <= saved:
             return False
         if _is_count(self._freq):
             return batches // self._freq > saved // self._freq
-        passed = now - self._saved_at
-        if self._freq != "auto":
-            left = self._freq.total_seconds() - passed
-        elif is_writing:
-            left = math.inf
+        if self._freq == "auto":
+            next_cost = self.cost() * (1 + 1 / max(self.saves, 1))
+            left = math.inf if is_writing else self._start + next_cost / self._SHARE - now
         else:
-            each = self.cost() / self.saves if self.saves else self._guess
-            left = (self.cost() + each) / self._SHARE - (now - self._start)
+            left = self._saved_at + self._freq.total_seconds() - now
         if jax.process_count() > 1:
             if batches < self._ask_at:
                 return False
             # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
-            left, wait = _gather([left, int((batches - saved) * min(1, max(left, 0) / passed))])[0]
-            self._ask_at = batches + wait
+            wait = (batches - saved) * min(1, max(left, 0) / (now - self._saved_at))
+            left, self._ask_at = _gather([left, batches + int(wait)])[0]
         return left <= 0
 
 
@@ -2672,15 +2664,10 @@ class _Run:
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
         self.epoch = self.before = 0  # the present one, and the batches of the run before it
-        self.before_batch: tuple = ()  # references to the values of the variables; copies of the metrics
+        self.before_batch: tuple = ()  # references to the values of the variables, and the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: _Preemption | None = None
         self.undo = contextlib.ExitStack()
-
-    @property
-    def batch(self) -> int:
-        """How many batches of this epoch have been trained on."""
-        return self.reader.batches - self.before
 
     # Starting.
 
@@ -2690,18 +2677,16 @@ class _Run:
         self._check()
         rate, resumable = _learning_rate(self.model), self.callback._resumable
         found = self.manager._restore(None, self._plan, donate=True)
-        if found is not None:
-            self.restored = found._replace(own=found.own or {})
-        self.reader = _Reader(iter(()), self._origin, self._batches_at(self.start))
-        size = sum(value.nbytes for values in _values(_train_state(self.model)) for value in values)
-        self.pace = _Pace(self.callback._save_freq, self.reader.batches if found else None, size)
-        if resumable is not None:
-            resumable.begin(self._data_of("state"))
+        self.reader = _Reader(iter(()), self._origin, self.start.batches)
+        self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
+            self.restored = found._replace(own=found.own or {})
             self._say_loaded(rate)
-            self._continue()
+        if resumable is not None:
+            resumable.begin(self.restored.own.get("state"))  # may draw from torch's random generator
+        self._continue()
         self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
         self.undo.callback(setattr, self.manager, "_fitting", False)
@@ -2736,13 +2721,11 @@ class _Run:
                 "over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or shuffle=False."
             )
 
-    def _data_of(self, name: str) -> Any:
-        """What the checkpoint that is being continued says of the position in the data."""
-        return self.restored.own.get("data", {}).get(name)
-
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
         """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
-        self.start = record.position if record else _Position(step // self.manager._steps_per_epoch + 1)
+        per_epoch = self.manager._steps_per_epoch
+        start = record.position if record else _Position(step // per_epoch + 1)
+        self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
         if problems := list(self._differences(step, record)):
             raise CheckpointMismatchError(
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
@@ -2752,7 +2735,7 @@ class _Run:
         return _variables(self.model, optimizer=not self._keeps_optimizer(record), metrics=metrics)
 
     def _is_over(self, record: _Record | None) -> bool:
-        """Whether nothing is left to train: all epochs are done, or a callback has stopped such a fit."""
+        """Whether all epochs are done, or a callback has stopped a fit of as many."""
         return self.fit.epochs <= max(self.start.epoch, (record and record.stopped) or 0)
 
     def _keeps_optimizer(self, record: _Record | None) -> bool:
@@ -2771,7 +2754,7 @@ class _Run:
             yield f"it was saved with stateful={saved}, but now stateful={given} was passed"
         if self._is_over(record):
             return
-        following = self._step(start.epoch, self._batches_at(start) + 1)
+        following = self._step(start.epoch, start.batches + 1)
         if following < step + (not record or not record.unfinished):
             yield (
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
@@ -2786,13 +2769,13 @@ class _Run:
             return
         if record.is_resumable and self.callback._resumable is None:
             yield "fit read checkpoint.resumable(data) then, but now reads other data"
-        batches, now = record.num_batches, iterator.num_batches
-        if start.batch and batches and now and batches != now:
-            lengths = f"{batches} batches, and now an epoch has {now}"
+        then, now = record.num_batches, iterator.num_batches
+        if start.batch and then and now and then != now:
+            lengths = f"{then} batches, and now an epoch has {now}"
             yield f"it is inside an epoch of {lengths}: the batch size or the data has changed"
         if start.batch % calls and not record.is_trained:
-            batches = f"{start.batch} batches of an epoch"
-            yield f"it is after {batches}, which is not a multiple of steps_per_execution={calls}"
+            place = f"{start.batch} batches of an epoch"
+            yield f"it is after {place}, which is not a multiple of steps_per_execution={calls}"
 
     def _say_loaded(self, script_rate: float | None) -> None:
         done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self.model)
@@ -2815,24 +2798,23 @@ class _Run:
 
     def _continue(self) -> None:
         """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
-        record, own = self.restored.record, self.restored.own
-        *others, metrics = _train_state(self.model)
-        self.before_batch = _references(others), _copies(metrics)
-        self._put_back()
+        _, record, own = self.restored
         for history in self._histories() if "history" in own else ():
             vars(history).update(_copied(own["history"]))
-        if "random" in own:
-            _set_random_state(own["random"])
+        self._put_back(own)
         self.is_inside = record is not None and bool(record.unfinished)
-        first = self.fit.epochs if self._is_over(record) else self.start.epoch
-        _start_at_epoch(self.model, first)
+        *others, metrics = _train_state(self.model)
+        self.before_batch = _references(others), _copies(metrics)
+        _start_at_epoch(self.model, self.fit.epochs if self._is_over(record) else self.start.epoch)
 
-    def _put_back(self) -> None:
-        """What belongs to the run beside the variables and the random state."""
-        for member, state in zip(self.members, self.restored.own.get("members", ())):
+    def _put_back(self, own: Mapping[str, Any]) -> None:
+        """What belongs to the run beside the variables."""
+        for member, state in zip(self.members, own.get("members", ())):
             if member and state is not None:
                 member.put(state)
-        _are_averages_in(self.fit, self.restored.own.get("averages"))
+        _are_averages_in(self.fit, own.get("averages"))
+        if "random" in own:
+            _set_random_state(own["random"])
 
     def _histories(self) -> list[keras.callbacks.History]:
         return [each for each in self.fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
@@ -2867,44 +2849,31 @@ class _Run:
 
     def _open(self, iterator: Iterator) -> None:
         """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
-        is_first, resumable = not self.reader.count, self.callback._resumable
-        self.reader = _Reader(iterator, self._origin, self.reader.batches)
+        is_first, resumable, batches = not self.reader.count, self.callback._resumable, self.reader.batches
+        self.reader = _Reader(iterator, self._origin, batches)
         while resumable is not None and resumable.stale:
             next(iterator)
             resumable.stale -= 1
-        hooks = self.dataset.hooks if self.dataset and self.fit.epoch_iterator.steps_per_epoch else []
-        if hooks and _reads_ahead(iterator):
-            _warn(
-                f"{self.dataset.name} overrides {' and '.join(hooks)}, and with steps_per_epoch it is read ahead by "
-                "Keras from one epoch into the next, across these hooks. A resumed run may then see other data. Leave "
-                "steps_per_epoch out."
-            )
-        if is_first and (count := self._data_of("count")):
-            now, batches = self._origin(), self.reader.batches
-            self._set_origin(self._data_of("origin"))
+        if self.dataset and self.fit.epoch_iterator.steps_per_epoch and _reads_ahead(iterator):
+            self.dataset.warn("run after batches that are read ahead by Keras from one epoch into the next")
+        if is_first and (count := self.restored.own.get("count")):
+            now = self._origin()
+            self._put_back(self.restored.own["origin"])
             self._skip(count)
             self._compare_last()
-            self._set_origin(now)
+            self._put_back(now)
             self.reader.batches = batches
             _count_as_seen(self.fit, count - self.start.batch)
 
     def _origin(self) -> dict[str, Any]:
         """What decides the batches of a pass over the data."""
-        return {"random": _random_state(), "dataset": self.dataset and self.dataset.copy()}
-
-    def _set_origin(self, origin: Mapping[str, Any]) -> None:
-        _set_random_state(origin["random"])
-        if self.dataset and origin["dataset"] is not None:
-            self.dataset.put(origin["dataset"])
+        members = [member.copy() if member and member is self.dataset else None for member in self.members]
+        return {"random": _random_state(), "members": members}
 
     def _skip(self, count: int) -> None:
-        said_at = time.monotonic()
         for number in range(count):
             if self.preemption.is_due():
                 self._leave()
-            if time.monotonic() - said_at > _PROGRESS_SECONDS:
-                said_at = time.monotonic()
-                self.say(f"Skipped {number} of {count} batches.")
             try:
                 next(self.reader)
             except StopIteration:
@@ -2915,8 +2884,9 @@ class _Run:
 
     def _compare_last(self) -> None:
         """Reports where the last batch skipped is not the one that was trained on."""
-        step, saved, found = self.restored.step, self._data_of("last"), _fingerprint(self.reader.last)
-        if found == saved or not saved["shapes"] or self.restored.record.processes != jax.process_count():
+        step, record, own = self.restored
+        saved, found = own["last"], _fingerprint(self.reader.last)
+        if found == saved or not saved["shapes"] or record.processes != jax.process_count():
             return
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
@@ -2942,8 +2912,7 @@ class _Run:
         else:
             for variable, value in zip(metrics, values):
                 variable.assign(value)
-        self._put_back()
-        _set_random_state(self.restored.own["random"])
+        self._put_back(self.restored.own)
         if self.start.batch:  # fit wants logs, if only validation is left
             self.undo.callback(_let_pass(self.model, self.fit, self.restored.own["logs"]))
             yield (*place, self.reader)
@@ -2972,9 +2941,7 @@ class _Run:
         _, metrics, small, own = self.before_validation
         trained, fixed, optimizer, _ = _values(_train_state(self.model))
         fixed = [new if old is None else old for old, new in zip(small, fixed)]
-        own["members"] = [
-            member and (member.get() if old is None else old) for member, old in zip(self.members, own["members"])
-        ]
+        own["members"] = [new if old is None else old for old, new in zip(own["members"], self._states())]
         self._save_inside((trained, fixed, optimizer, metrics), own)
 
     def end_epoch(self, epoch: int, logs: Mapping[str, Any] | None) -> None:
@@ -3025,20 +2992,18 @@ class _Run:
     def _step(self, epoch: int, batches: int) -> int:
         return epoch * self.manager._steps_per_epoch if self.callback._save_freq == "epoch" else batches
 
-    def _batches_at(self, position: _Position) -> int:
-        """How many train batches the run has completed; where that was not noted, `steps_per_epoch` says it."""
-        return position.epoch * self.manager._steps_per_epoch if position.batches is None else position.batches
-
     def _is_due(self) -> bool:
         return self.pace.is_due(self.reader.batches, self.manager._is_writing)
+
+    def _states(self) -> list[Any]:
+        return [member and member.get() for member in self.members]
 
     def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:
         """What belongs to a checkpoint at this very moment beside the model's variables."""
         history = self._histories()[:1]
-        return {
+        return self._position_in_data(is_epoch_end) | {
             "random": _random_state(),
-            "data": self._position_in_data(is_epoch_end),
-            "members": [member and member.get() for member in self.members],
+            "members": self._states(),
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
@@ -3072,18 +3037,14 @@ class _Run:
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
         """Saves a snapshot inside the epoch, of these values in validation; leaves if that is asked for."""
-        if self.reader.batches != self.pace.saved:
+        batches = self.reader.batches
+        if batches != self.pace.saved:
             self.model.jax_state_sync()
-            self._save(
-                _Position(self.epoch, self.batch, self.reader.batches),
-                None,
-                own or self._belongings(),
-                values=values or _values(_train_state(self.model)),
-                unfinished=True,
-                is_trained=values is not None,
-                force=True,
-            )
-            self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {self.batch}.")
+            position = _Position(self.epoch, batches - self.before, batches)
+            further = {"unfinished": True, "is_trained": values is not None, "force": True}
+            values, own = values or _values(_train_state(self.model)), own or self._belongings()
+            self._save(position, None, own, values=values, **further)
+            self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {position.batch}.")
         if self.preemption.received is not None:
             self._leave()
 
