@@ -385,17 +385,6 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"], names["initial_epoch"])
 
 
-def _is_last(callbacks: keras.callbacks.CallbackList, callback: keras.callbacks.Callback) -> bool:
-    """Whether a callback is the last one of `fit`. If not, makes it that, and has `on_train_begin` called again."""
-    running = callbacks.callbacks
-    if running[-1] is callback:
-        return True
-    # `fit` is iterating over the old list, and gets to its end.
-    callbacks.callbacks = [each for each in running if each is not callback] + [callback]
-    running.append(callback)
-    return False
-
-
 def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended: Callable[[bool], None]) -> None:
     """Calls `trained` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises."""
     # Keras calls no callback when fit raises. In both places it syncs the state, and in no other by itself.
@@ -2651,12 +2640,13 @@ class _Pace:
         return left <= 0
 
 
-class _Run:
-    """One `fit`, from its start to its end."""
+class _Run(keras.callbacks.Callback):
+    """One `fit`, from its start to its end. Stands behind all other callbacks, whose hooks are called before these."""
 
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
+        super().__init__()
         self.callback, self.fit = callback, fit
-        self.model, self.manager = callback._fitted_model, callback.checkpoint_manager
+        self._model, self.manager = callback._fitted_model, callback.checkpoint_manager  # Keras's `model` would sync
         train, held_out = (isinstance(data, keras.utils.PyDataset) for data in (fit.data, fit.held_out))
         self.dataset = _Dataset(fit.data) if train else None
         self.members = [*callback._stateful, self.dataset, _Stateful(fit.held_out, "the dataset") if held_out else None]
@@ -2671,11 +2661,17 @@ class _Run:
 
     # Starting.
 
-    def begin(self) -> None:
-        """The very end of `on_train_begin`, behind all other callbacks."""
-        self.undo.callback(_unwatch_fit, self.model)
+    def on_train_begin(self, logs: Any = None) -> None:
+        try:
+            self._begin()
+        except BaseException:
+            self.end()
+            raise
+
+    def _begin(self) -> None:
+        self.undo.callback(_unwatch_fit, self._model)
         self._check()
-        rate, resumable = _learning_rate(self.model), self.callback._resumable
+        rate, resumable = _learning_rate(self._model), self.callback._resumable
         found = self.manager._restore(None, self._plan, donate=True)
         self.reader = _Reader(iter(()), self._origin, self.start.batches)
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None)
@@ -2690,7 +2686,7 @@ class _Run:
         self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
         self.undo.callback(setattr, self.manager, "_fitting", False)
-        _watch_fit(self.model, self.fit, self._end_training, self.end)
+        _watch_fit(self._model, self.fit, self._end_training, self.end)
         _stand_between(self.fit, self.steps)
 
     def _check(self) -> None:
@@ -2709,8 +2705,8 @@ class _Run:
                 "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
                 "run validates on other batches. Use arrays or a dataset."
             )
-        others = {n: v for n, v in vars(self.model).items() if isinstance(v, keras.optimizers.Optimizer)}
-        if others := [name for name in others if getattr(self.model, name) is not self.model.optimizer]:
+        others = {n: v for n, v in vars(self._model).items() if isinstance(v, keras.optimizers.Optimizer)}
+        if others := [name for name in others if getattr(self._model, name) is not self._model.optimizer]:
             _warn(
                 f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
                 "objects with get_state and set_state in stateful."
@@ -2732,7 +2728,7 @@ class _Run:
                 "changed. Use the same data and settings as before, or another directory."
             )
         metrics = record is not None and _GROUPS[3] in record.variables
-        return _variables(self.model, optimizer=not self._keeps_optimizer(record), metrics=metrics)
+        return _variables(self._model, optimizer=not self._keeps_optimizer(record), metrics=metrics)
 
     def _is_over(self, record: _Record | None) -> bool:
         """Whether all epochs are done, or a callback has stopped a fit of as many."""
@@ -2742,11 +2738,11 @@ class _Run:
         """Whether the model has been compiled anew since a fit of this process that was at the checkpoint."""
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and record.position.epoch <= done
-        return is_of_here and self.model.optimizer is not optimizer
+        return is_of_here and self._model.optimizer is not optimizer
 
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
         """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
-        start, iterator, calls = self.start, self.fit.epoch_iterator, self.model.steps_per_execution
+        start, iterator, calls = self.start, self.fit.epoch_iterator, self._model.steps_per_execution
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
             _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.")
@@ -2778,7 +2774,7 @@ class _Run:
             yield f"it is after {place}, which is not a multiple of steps_per_execution={calls}"
 
     def _say_loaded(self, script_rate: float | None) -> None:
-        done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self.model)
+        done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self._model)
         if done > epochs:
             line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}"
         elif done == epochs:
@@ -2803,9 +2799,9 @@ class _Run:
             vars(history).update(_copied(own["history"]))
         self._put_back(own)
         self.is_inside = record is not None and bool(record.unfinished)
-        *others, metrics = _train_state(self.model)
+        *others, metrics = _train_state(self._model)
         self.before_batch = _references(others), _copies(metrics)
-        _start_at_epoch(self.model, self.fit.epochs if self._is_over(record) else self.start.epoch)
+        _start_at_epoch(self._model, self.fit.epochs if self._is_over(record) else self.start.epoch)
 
     def _put_back(self, own: Mapping[str, Any]) -> None:
         """What belongs to the run beside the variables."""
@@ -2821,9 +2817,8 @@ class _Run:
 
     # Batches.
 
-    def begin_epoch(self, epoch: int) -> None:
-        """The very end of `on_epoch_begin`."""
-        _start_at_epoch(self.model, None)  # fit has read it, and a callback may fit as well
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        _start_at_epoch(self._model, None)  # fit has read it, and a callback may fit as well
         self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
         if self.is_inside:
             self.before -= self.start.batch
@@ -2905,7 +2900,7 @@ class _Run:
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
         """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
         self.is_inside = False
-        *others, metrics = _train_state(self.model)
+        *others, metrics = _train_state(self._model)
         references, values = self.before_batch
         if _are_replaced(references, others):  # by another callback
             self.manager._restore(self.restored.step, self._plan, donate=True)
@@ -2914,45 +2909,44 @@ class _Run:
                 variable.assign(value)
         self._put_back(self.restored.own)
         if self.start.batch:  # fit wants logs, if only validation is left
-            self.undo.callback(_let_pass(self.model, self.fit, self.restored.own["logs"]))
+            self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
             yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
     def _end_training(self) -> None:
         """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
-        if self.fit.held_out is None or self.model.stop_training:
+        if self.fit.held_out is None or self._model.stop_training:
             return
-        trained, fixed, _, metrics = _train_state(self.model)
+        trained, fixed, _, metrics = _train_state(self._model)
         # Large ones are assumed to be frozen weights.
         small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed]
-        own = self._belongings() | {"members": [member and member.copy_before_validation() for member in self.members]}
+        own = self._belongings([member and member.copy_before_validation() for member in self.members])
         self.before_validation = _references([trained, fixed]), _copies(metrics), small, own
 
-    def begin_validation(self) -> None:
-        if self.before_validation and _are_replaced(self.before_validation[0], _train_state(self.model)[:2]):
+    def on_test_begin(self, logs: Any = None) -> None:
+        if self.before_validation and _are_replaced(self.before_validation[0], _train_state(self._model)[:2]):
             self.before_validation = None  # another callback has swapped weights until validation ends: signals wait
 
-    def validate(self) -> None:
-        """Called before each batch of validation."""
+    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.before_validation is None or not self.preemption.is_due():
             return
-        self.model.jax_state_sync()
+        self._model.jax_state_sync()
         _, metrics, small, own = self.before_validation
-        trained, fixed, optimizer, _ = _values(_train_state(self.model))
+        trained, fixed, optimizer, _ = _values(_train_state(self._model))
         fixed = [new if old is None else old for old, new in zip(small, fixed)]
         own["members"] = [new if old is None else old for old, new in zip(own["members"], self._states())]
         self._save_inside((trained, fixed, optimizer, metrics), own)
 
-    def end_epoch(self, epoch: int, logs: Mapping[str, Any] | None) -> None:
-        """The very end of `on_epoch_end`: whatever the other callbacks do to the run, they have done."""
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.before_validation = None
         if self.dataset:
             self.dataset.compare()
-        is_stopped, is_leaving = self.model.stop_training, self.preemption.is_due()
+        is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self._is_due()
         if is_asked or self.callback._save_freq == "epoch":
-            position, own = _Position(epoch + 1, 0, self.reader.batches), self._belongings(is_epoch_end=True)
+            position = _Position(epoch + 1, 0, self.reader.batches)
+            own = self._belongings(self._states(), is_epoch_end=True)
             if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
                 self.say("Save Orbax checkpoint on_epoch_end.")
         if is_leaving:
@@ -2971,16 +2965,15 @@ class _Run:
         if callback._resumable is not None:
             callback._resumable.end()
         if is_complete:
-            callback._done = max(callback._done[0], self.fit.epochs), self.model.optimizer
+            callback._done = max(callback._done[0], self.fit.epochs), self._model.optimizer
             return
-        callback._run, failure, self.manager._failure = None, self.manager._failure, None
+        failure, self.manager._failure = self.manager._failure, None
         if failure is not None:  # not to hide the first error
             _warn(f"The last save failed as well: {failure!r}")
         if isinstance(error, Exception) and self.preemption and self.preemption.received is not None:
             signal.raise_signal(self.preemption.received)  # what fit raises must not hide it
 
-    def finish(self) -> None:
-        """The very end of a `fit` that has trained all its epochs."""
+    def on_train_end(self, logs: Any = None) -> None:
         self.manager.wait_until_finished()  # raises what has failed
         if self.callback._save_freq == "auto":
             self.say(f"Saved {self.pace.saves} times, which took {self.pace.share():.1%} of the time.")
@@ -2998,12 +2991,12 @@ class _Run:
     def _states(self) -> list[Any]:
         return [member and member.get() for member in self.members]
 
-    def _belongings(self, is_epoch_end: bool = False) -> dict[str, Any]:
-        """What belongs to a checkpoint at this very moment beside the model's variables."""
+    def _belongings(self, states: list[Any], is_epoch_end: bool = False) -> dict[str, Any]:
+        """What belongs to a checkpoint at this very moment beside variables; `states` are those of the members."""
         history = self._histories()[:1]
         return self._position_in_data(is_epoch_end) | {
             "random": _random_state(),
-            "members": self._states(),
+            "members": states,
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
@@ -3039,10 +3032,10 @@ class _Run:
         """Saves a snapshot inside the epoch, of these values in validation; leaves if that is asked for."""
         batches = self.reader.batches
         if batches != self.pace.saved:
-            self.model.jax_state_sync()
+            self._model.jax_state_sync()
             position = _Position(self.epoch, batches - self.before, batches)
             further = {"unfinished": True, "is_trained": values is not None, "force": True}
-            values, own = values or _values(_train_state(self.model)), own or self._belongings()
+            values, own = values or _values(_train_state(self._model)), own or self._belongings(self._states())
             self._save(position, None, own, values=values, **further)
             self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {position.batch}.")
         if self.preemption.received is not None:
@@ -3168,7 +3161,6 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._save_freq = save_freq
         self._verbose = verbose
         self._resumable: _Resumable | None = None
-        self._run: _Run | None = None
         self._done: tuple[int, Any] = 0, None  # the epochs of its fits, and the optimizer of the last one
 
     def resumable(self, data: Any) -> Iterator[Any]:
@@ -3202,11 +3194,10 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             "KerasTuner, make it in HyperModel.fit() instead of passing it to search()."
         )
 
-    # Hooks, in the order in which fit calls them. All run behind those of the other callbacks.
-
     def on_train_begin(self, logs: Any = None) -> None:
         fit = _fit_around(self)
-        if sum(isinstance(each, OrbaxCheckpointCallback) for each in fit.callbacks.callbacks) > 1:
+        callbacks = fit.callbacks.callbacks
+        if sum(isinstance(each, OrbaxCheckpointCallback) for each in callbacks) > 1:
             raise ValueError(
                 "fit takes one OrbaxCheckpointCallback, and was given several, or one twice. Nothing was trained. For "
                 "a second directory, use keras.callbacks.ModelCheckpoint, or save_state() of a manager in a callback."
@@ -3216,32 +3207,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
                 f"{self._model.name!r}. Make the callback with the model that you fit."
             )
-        if not _is_last(fit.callbacks, self):
-            return
-        self._run = _Run(self, fit)
-        try:
-            self._run.begin()
-        except BaseException:
-            self._run.end()
-            raise
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._run.begin_epoch(epoch)
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        if self._run is not None:
-            self._run.begin_validation()
-
-    def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._run is not None:
-            self._run.validate()
-
-    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
-        self._run.end_epoch(epoch, logs)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        run, self._run = self._run, None
-        run.finish()
+        # `fit` is iterating over this list, and gets to its new end. The user's own may hold the run of a fit before.
+        callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [_Run(self, fit)]
 
 
 # ---------------------------------------------------------------------------------------- command line
