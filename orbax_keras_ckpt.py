@@ -1106,7 +1106,7 @@ class _Stateful:
 # ------------------------------------------------------------------------------------------------ data
 
 
-class _Reader:
+class _Reader(Iterator):
     """Keras's iterator over batches, which `fit` reads by way of this one.
 
     Counts them, in all since it was made and in the whole run. Keeps the last one, and what `note()` says just before
@@ -1114,16 +1114,13 @@ class _Reader:
     """
 
     def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
-        self.iterator, self.note = iterator, note
+        self.iterator, self._note = iterator, note
         self.count, self.batches = 0, batches
         self.origin = self.last = None
 
-    def __iter__(self) -> Iterator:
-        return self
-
     def __next__(self) -> Any:
         if not self.count:
-            self.origin = self.note()
+            self.origin = self._note()
         self.last = None  # frees its memory for the next one
         self.last = next(self.iterator)
         self.count, self.batches = self.count + 1, self.batches + 1
@@ -2593,16 +2590,16 @@ class _Pace:
 
     _SHARE = 0.03
 
-    def __init__(self, freq: Any, saved: int | None):
-        self._freq, self._ask_at = freq, 0
+    def __init__(self, freq: Any, saved: int | None, manager: KerasOrbaxCheckpointManager):
+        self._freq, self._manager, self._ask_at = freq, manager, 0
         self.saved = saved  # how many batches the newest checkpoint is after
         self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
         self._start = self._saved_at = time.monotonic()
 
-    def count_batch(self, seconds: float, is_writing: bool) -> None:
+    def count_batch(self, seconds: float) -> None:
         """Batches are slower while a save is being written."""
-        if not is_writing:
+        if not self._manager._is_writing:
             self._usual.append(seconds)
         elif self._usual:
             self._slower += seconds - statistics.median(self._usual)
@@ -2619,7 +2616,7 @@ class _Pace:
     def share(self) -> float:
         return self.cost() / (time.monotonic() - self._start)
 
-    def is_due(self, batches: int, is_writing: bool) -> bool:
+    def is_due(self, batches: int) -> bool:
         """Whether to save after so many batches; the same on all processes."""
         saved, now = self.saved or 0, time.monotonic()
         if self._freq == "epoch" or batches <= saved:
@@ -2628,7 +2625,7 @@ class _Pace:
             return batches // self._freq > saved // self._freq
         if self._freq == "auto":
             next_cost = self.cost() * (1 + 1 / max(self.saves, 1))
-            left = math.inf if is_writing else self._start + next_cost / self._SHARE - now
+            left = math.inf if self._manager._is_writing else self._start + next_cost / self._SHARE - now
         else:
             left = self._saved_at + self._freq.total_seconds() - now
         if jax.process_count() > 1:
@@ -2647,9 +2644,9 @@ class _Run(keras.callbacks.Callback):
         super().__init__()
         self.callback, self.fit = callback, fit
         self._model, self.manager = callback._fitted_model, callback.checkpoint_manager  # Keras's `model` would sync
-        train, held_out = (isinstance(data, keras.utils.PyDataset) for data in (fit.data, fit.held_out))
-        self.dataset = _Dataset(fit.data) if train else None
-        self.members = [*callback._stateful, self.dataset, _Stateful(fit.held_out, "the dataset") if held_out else None]
+        kind = keras.utils.PyDataset
+        datasets = [_Dataset(data) if isinstance(data, kind) else None for data in (fit.data, fit.held_out)]
+        self.dataset, self.members = datasets[0], [*callback._stateful, *datasets]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
@@ -2674,7 +2671,7 @@ class _Run(keras.callbacks.Callback):
         rate, resumable = _learning_rate(self._model), self.callback._resumable
         found = self.manager._restore(None, self._plan, donate=True)
         self.reader = _Reader(iter(()), self._origin, self.start.batches)
-        self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None)
+        self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
@@ -2705,8 +2702,8 @@ class _Run(keras.callbacks.Callback):
                 "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
                 "run validates on other batches. Use arrays or a dataset."
             )
-        others = {n: v for n, v in vars(self._model).items() if isinstance(v, keras.optimizers.Optimizer)}
-        if others := [name for name in others if getattr(self._model, name) is not self._model.optimizer]:
+        optimizers = {n: v for n, v in vars(self._model).items() if isinstance(v, keras.optimizers.Optimizer)}
+        if others := [name for name, optimizer in optimizers.items() if optimizer is not self._model.optimizer]:
             _warn(
                 f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
                 "objects with get_state and set_state in stateful."
@@ -2727,18 +2724,16 @@ class _Run(keras.callbacks.Callback):
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
                 "changed. Use the same data and settings as before, or another directory."
             )
+        # A model that was compiled anew since a fit of this process was here keeps its new optimizer.
+        done, optimizer = self.callback._done
+        is_of_here = record is not None and not record.unfinished and start.epoch <= done
+        is_new = is_of_here and self._model.optimizer is not optimizer
         metrics = record is not None and _GROUPS[3] in record.variables
-        return _variables(self._model, optimizer=not self._keeps_optimizer(record), metrics=metrics)
+        return _variables(self._model, optimizer=not is_new, metrics=metrics)
 
     def _is_over(self, record: _Record | None) -> bool:
         """Whether all epochs are done, or a callback has stopped a fit of as many."""
         return self.fit.epochs <= max(self.start.epoch, (record and record.stopped) or 0)
-
-    def _keeps_optimizer(self, record: _Record | None) -> bool:
-        """Whether the model has been compiled anew since a fit of this process that was at the checkpoint."""
-        done, optimizer = self.callback._done
-        is_of_here = record is not None and not record.unfinished and record.position.epoch <= done
-        return is_of_here and self._model.optimizer is not optimizer
 
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
         """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
@@ -2787,8 +2782,6 @@ class _Run(keras.callbacks.Callback):
         line += f" (step {self.restored.step} in {self.manager.directory})"
         if None not in (rate, script_rate) and rate != script_rate:
             line += f", with the learning rate {rate:g} instead of the script's {script_rate:g}"
-        if self._keeps_optimizer(self.restored.record):
-            line += ", with the optimizer that the model has been compiled with since"
         self.say("Load Orbax checkpoint on_train_begin.")
         self.say(f"{line}.")
 
@@ -2834,11 +2827,11 @@ class _Run(keras.callbacks.Callback):
                 yield from self._arrive(place)
             if self.callback._resumable is not None:
                 self.callback._resumable.forget(self.reader.count)
-            if self.preemption.is_due() or self._is_due():
+            if self.preemption.is_due() or self.pace.is_due(self.reader.batches):
                 self._save_inside()
             start = time.monotonic()
             yield (*place, self.reader)
-            self.pace.count_batch(time.monotonic() - start, self.manager._is_writing)
+            self.pace.count_batch(time.monotonic() - start)
         if self.is_inside:
             yield from self._arrive(place)
 
@@ -2943,7 +2936,7 @@ class _Run(keras.callbacks.Callback):
         if self.dataset:
             self.dataset.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
-        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self._is_due()
+        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.reader.batches)
         if is_asked or self.callback._save_freq == "epoch":
             position = _Position(epoch + 1, 0, self.reader.batches)
             own = self._belongings(self._states(), is_epoch_end=True)
@@ -2984,9 +2977,6 @@ class _Run(keras.callbacks.Callback):
 
     def _step(self, epoch: int, batches: int) -> int:
         return epoch * self.manager._steps_per_epoch if self.callback._save_freq == "epoch" else batches
-
-    def _is_due(self) -> bool:
-        return self.pace.is_due(self.reader.batches, self.manager._is_writing)
 
     def _states(self) -> list[Any]:
         return [member and member.get() for member in self.members]
