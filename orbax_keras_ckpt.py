@@ -638,7 +638,7 @@ def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
 
 def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
     """The compiled metrics by name."""
-    return {metric.name: metric for group in model.metrics for metric in [group, *getattr(group, "metrics", [])]}
+    return {metric.name: metric for group in model.metrics for metric in getattr(group, "metrics", [group])}
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
@@ -847,68 +847,59 @@ def _automatic_names(model: keras.Model) -> set[str]:
     return stems
 
 
-def _pair_names(live: Iterable[str], saved: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
-    """{live: saved} of sibling names: the same, or automatic ones that differ in their numbers, in order of these."""
+def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
+    """{path without Keras's own numbers: path}. Instead of a number it has the place among siblings, and their count.
 
-    def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-        stems = collections.defaultdict(list)
-        for name in names:
-            number = _NUMBER.search(name)
-            stem = name[: number.start()] if number else name
-            stems[stem if stem in automatic else name].append((int(number[1]) if number else 0, name))
-        return {stem: [name for _, name in sorted(group)] for stem, group in stems.items()}
-
-    pairs, saved = {}, by_stem(saved)
-    for stem, names in by_stem(live).items():
-        others = saved.get(stem, [])
-        if len(names) == len(others):
-            # Keras counts up as layers are made, so the order of the numbers is that of their making.
-            pairs.update(zip(names, others))
-        else:
-            pairs.update((name, name) for name in names if name in others)
-    return pairs
-
-
-def _pair_paths(live: Mapping[str, Any], saved: Mapping[str, Any], automatic: Iterable[str]) -> dict[str, str]:
-    """{live path: saved path} of two nested trees, level by level."""
-    pairs = {}
-    for name, other in _pair_names(live, saved, automatic).items():
-        below, below_other = live[name], saved[other]
-        if isinstance(below, dict) and isinstance(below_other, dict):
-            inner = _pair_paths(below, below_other, automatic)
-            pairs |= {f"{name}/{key}": f"{other}/{value}" for key, value in inner.items()}
-        elif not isinstance(below, dict) and not isinstance(below_other, dict):
-            pairs[name] = other
-    return pairs
+    Keras counts up as layers are made, so the order of the numbers is that of their making.
+    """
+    siblings, split = collections.defaultdict(set), {path: path.split("/") for path in paths}
+    for names in split.values():
+        for depth, name in enumerate(names):
+            stem, number = _NUMBER.sub("", name), _NUMBER.search(name)
+            if stem in automatic:
+                siblings[*names[:depth], stem].add((int(number[1]) if number else 0, name))
+    places = {
+        (*family[:-1], name): f"{family[-1]} {place} of {len(members)}"
+        for family, members in siblings.items()
+        for place, (_, name) in enumerate(sorted(members))
+    }
+    return {
+        "/".join(places.get(tuple(names[: depth + 1]), name) for depth, name in enumerate(names)): path
+        for path, names in split.items()
+    }
 
 
-def _pair_optimizer(live: Iterable[str], saved: Iterable[str], weights: Mapping[str, str], automatic: Any) -> dict:
-    """{live path: saved path} of the optimizer's variables, whose names contain those of the weights."""
-    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
-
-    def renamed(path: str) -> str:
-        folder, _, name = path.rpartition("/")
-        for cut in (match.start() for match in reversed(list(re.finditer("_", name)))):
-            if name[:cut] in flat:
-                return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
-        return path
-
-    originals = {renamed(path): path for path in live}
-    pairs = _pair_paths(*(_nest({path: path for path in paths}) for paths in (originals, saved)), automatic)
-    return {originals[path]: other for path, other in pairs.items()}
+def _pair_paths(live: Iterable[str], saved: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
+    """{live path: saved path}: the same but for Keras's own numbers; or else the very same."""
+    live, saved = list(live), list(saved)
+    here, there = _canonical(live, automatic), _canonical(saved, automatic)
+    pairs = {path: there[name] for name, path in here.items() if name in there}
+    rest = set(saved).difference(pairs.values())
+    return pairs | {path: path for path in live if path in rest and path not in pairs}
 
 
 def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
     """{(group, path) of live variables: (group, path) of saved ones}. Weights may have changed their group: such a
     layer was frozen or thawed in between."""
     groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
-    trees = ({spec.path: spec.path for group in _WEIGHTS for spec in specs.get(group, [])} for specs in (live, saved))
-    weights = _pair_paths(*map(_nest, trees), automatic)
-    here, there = ([spec.path for spec in specs.get(_GROUPS[2], [])] for specs in (live, saved))
-    others = _pair_optimizer(here, there, weights, automatic)
+    weights = _pair_paths(
+        *([spec.path for group in _WEIGHTS for spec in specs.get(group, [])] for specs in (live, saved)), automatic
+    )
+    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
+
+    def as_saved(path: str) -> str:
+        """The path of an optimizer's variable, whose name contains that of the weight."""
+        folder, _, name = path.rpartition("/")
+        for cut in (match.start() for match in reversed(list(re.finditer("_", name)))):
+            if name[:cut] in flat:
+                return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
+        return path
+
+    renamed = {as_saved(spec.path): spec.path for spec in live.get(_GROUPS[2], [])}
+    others = _pair_paths(renamed, [spec.path for spec in saved.get(_GROUPS[2], [])], automatic)
     pairs = {(group, s.path): weights.get(s.path) for group in _WEIGHTS for s in live.get(group, [])}
     pairs = {key: (groups[other], other) for key, other in pairs.items() if other is not None}
-    pairs |= {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in others.items()}
+    pairs |= {(_GROUPS[2], renamed[path]): (_GROUPS[2], other) for path, other in others.items()}
     return pairs | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
 
 
@@ -969,7 +960,8 @@ def _compare(
         else:
             sources.append(_Source(_array_name(*place), variables[group][path], other))
     differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
-    return sources, differences
+    # Weights first: what differs in the optimizer mostly follows from them.
+    return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
 
 def _listing(lines: list[str]) -> str:
@@ -1364,7 +1356,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
                 source.experimental_copy_range_to(target.with_transaction(transaction)).result()
             transaction.commit_sync()
         if self.expected is not None:
-            _check_arrays(directory, self.expected, self.save)
+            _check_tree(directory, self.expected)
+            _open_arrays(directory, self.expected, self.save)
 
 
 def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
@@ -1375,32 +1368,19 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     return handler
 
 
-def _open_arrays(directory: epath.Path, names: Iterable[str], save: str | None) -> dict[str, ts.TensorStore]:
-    """Arrays by name, that we have written in a save of that id, or that Orbax has."""
+def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
+    """Arrays that we have written in a save of that id, or that Orbax has. ValueError where one is not as expected."""
     driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
-    context = _context()
-    spec = {"driver": driver, "fill_missing_data_reads": False}
-    specs = {name: spec | {"kvstore": _kvstore(directory, name)} for name in names}
-    opening = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
-    stores = {name: store.result() for name, store in opening.items()}
-    for name, store in stores.items() if save else ():
-        if store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
+    context, spec = _context(), {"driver": driver, "fill_missing_data_reads": False}
+    specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
+    opening = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
+    stores = [store.result() for store in opening]
+    for store, (name, known) in zip(stores, expected.items()):
+        if save and store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
             raise ValueError(f"{name!r} was not written by the save that the record is of: files of two are mixed")
+        if known is not None and (store.shape, store.dtype.name) != known[1:]:
+            raise ValueError(f"{name!r} is {store.dtype.name}{store.shape}, which is not what was saved")
     return stores
-
-
-def _check_array(name: str, array: Any, spec: _Spec) -> None:
-    if (tuple(array.shape), array.dtype.name) != spec[1:]:
-        raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
-
-
-def _check_arrays(directory: epath.Path, expected: Mapping[str, _Spec], save: str | None) -> list[ts.TensorStore]:
-    """The arrays that there should be, opened. ValueError where they are not there as expected, and no others."""
-    stores = _open_arrays(directory, expected, save)
-    for name, store in stores.items():
-        _check_array(name, store, expected[name])
-    _check_tree(directory, expected)
-    return list(stores.values())
 
 
 def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
@@ -1409,9 +1389,9 @@ def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
 
 
 def _read_arrays(
-    directory: epath.Path, shardings: Mapping[str, jax.sharding.Sharding], save: str | None = None
+    directory: epath.Path, expected: Mapping[str, _Spec | None], shardings: Iterable[jax.sharding.Sharding], save: Any
 ) -> list[jax.Array]:
-    """Arrays by name, straight into their shardings. ValueError where a checksum differs."""
+    """Arrays straight into their shardings. ValueError where a checksum differs."""
 
     def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
         part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
@@ -1420,7 +1400,7 @@ def _read_arrays(
         )
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, _open_arrays(directory, shardings, save).values(), shardings.values()))
+        return list(pool.map(read, _open_arrays(directory, expected, save), shardings))
 
 
 # What belongs to the processes rather than to the model, where it is not small: the item "run" has one row of bytes for
@@ -1457,7 +1437,7 @@ def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfil
     """What a process has left in a step, None if there is nothing. ValueError where it is damaged."""
     if record.run is None:
         return None
-    store = _open_arrays(path / "run", ["rows"], record.save)["rows"]
+    [store] = _open_arrays(path / "run", {"rows": None}, record.save)
     row = store[process, : record.run[process]].read().result()
     return zipfile.ZipFile(io.BytesIO(row))
 
@@ -1532,7 +1512,9 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
+    if _is_bucket(directory):
+        bare = {}
+    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # or a run of its own
     return damaged | replaced | steps
 
 
@@ -1632,6 +1614,14 @@ def _read_record(step: int, path: epath.Path) -> _Record | None:
         return _Record.from_metadata(_metadata(path))
 
 
+def _is_unfinished(step: int, path: epath.Path) -> bool:
+    """Whether a step is a snapshot inside an epoch, whose end may get the same number."""
+    with contextlib.suppress(CheckpointCorruptError):
+        record = _read_record(step, path)
+        return record is not None and bool(record.unfinished)
+    return False
+
+
 def _array_folder(path: epath.Path) -> epath.Path:
     """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
     return path / ("pytree" if (path / "pytree").exists() else "default")
@@ -1648,7 +1638,7 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
     """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
     paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
     variables = {group: [] for group in _GROUPS[:3]}
-    for name, store in _open_arrays(directory, paths, None).items():
+    for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
         if {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
             raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
         group, _, rest = paths[name].partition("/")
@@ -1720,6 +1710,7 @@ class _Restore:
     own: bool = True
     sets_aside: bool = False
     monitored: Sequence[str] | None = None
+    has_freed: bool = False
 
     def run(self, step: int | str | None) -> _Restored | None:
         """The newest step that is intact, or that step. None where the directory is empty."""
@@ -1743,7 +1734,7 @@ class _Restore:
             return None
         raise CheckpointCorruptError(
             f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
-            + (", but the model's arrays have been freed" if self.donate else ", and the model is as it was")
+            + (", but the model's arrays have been freed" if self.has_freed else ", and the model is as it was")
             + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
@@ -1780,24 +1771,24 @@ class _Restore:
             variables = self.variables_for(step, record, path)
             sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
             if differences and self.strict:
-                what, way = (
-                    "is of another model",
-                    "Build the model as it was saved, use another directory, or strict=False",
-                )
+                what = "is of another model"
+                way = "Build the model as it was saved, or use another directory; strict=False restores what matches"
                 if all(line.startswith(_GROUPS[2]) for line in differences):
                     what = "is of the same weights, but another optimizer"
-                    way = "Compile the model as it was saved, or restore the weights alone, with weights_only=True"
+                    way = "Compile the model as it was saved; weights_only=True restores the weights alone"
                 raise CheckpointMismatchError(
-                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. {way}."
+                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. "
+                    f"{way} (arguments of KerasOrbaxCheckpointManager.restore_state)."
                 )
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
-        shardings = {source.name: source.variable.value.sharding for source in sources}
-        for source in sources if self.donate else ():
-            source.variable.value.delete()
+        expected = {source.name: source.saved for source in sources}
+        shardings = [source.variable.value.sharding for source in sources]
+        if self.donate:
+            self.has_freed = True
+            for source in sources:
+                source.variable.value.delete()
         with _agreed(), _reading(step, path):
-            arrays = _read_arrays(_array_folder(path), shardings, record and record.save)
-            for source, array in zip(sources, arrays):
-                _check_array(source.name, array, source.saved)
+            arrays = _read_arrays(_array_folder(path), expected, shardings, record and record.save)
             own = _read_own(path, record) if self.own and record else None
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
@@ -1826,9 +1817,10 @@ def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
     print(f"Step {step}:", flush=True)
     with _reading(step, path):
         folder, save = _array_folder(path), record and record.save
-        variables = _saved_variables(path, record)
-        stores = _check_arrays(folder, _arrays_of(variables), save) if record else []
-        stores = stores or list(_open_arrays(folder, _arrays_of(variables), save).values())
+        arrays = _arrays_of(_saved_variables(path, record))
+        if record:
+            _check_tree(folder, arrays)
+        stores = _open_arrays(folder, arrays, save)
         progress = keras.utils.Progbar(len(stores), unit_name="array")
         for store in stores:
             store.read().result()
@@ -2183,10 +2175,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _monitored(self) -> list[str] | None:
         return None if self._monitor is None else [self._monitor, self._resolved_mode()]
 
+    def _committed(self) -> dict[int, epath.Path]:
+        return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+
     def latest_step(self) -> int | None:
         """The newest step on disk, or of a save that is on its way; None where there is none."""
-        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
-        return max([*steps, *([self._saving[0]] if self._saving else [])], default=None)
+        return max([*self._committed(), *([self._saving[0]] if self._saving else [])], default=None)
 
     def best_step(self) -> int | None:
         """The best step by `monitor`, or by the metric and direction that the newest checkpoint names; else None."""
@@ -2194,9 +2188,17 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return super().best_step()
         return _best(_records(_steps(self.directory, self._prefix)), self._monitored())
 
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """The metrics that were saved with a step; None where another tool wrote it."""
+        path = _steps(self.directory, self._prefix).get(step)
+        if path is None:
+            raise FileNotFoundError(f"There is no checkpoint of step {step} in {self.directory}.")
+        record = _read_record(step, path)
+        return record and record.metrics
+
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float]]]:
         """For Orbax: committed steps, when they were committed and their metrics. Damaged ones have none."""
-        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+        steps = self._committed()
         for path in [path for path in steps.values() if path not in self._known]:
             nanoseconds, metrics = 0, {}
             with contextlib.suppress(Exception):  # of damage of any kind, which is for others to report
@@ -2336,26 +2338,24 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _make_room(self, step: int) -> None:
         """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
-        newest = self._agreed_latest_step()
-        if newest is not None and step <= newest:
-            with _agreed():
-                self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-                if jax.process_index() == 0 and step == self.latest_step() and self._is_unfinished(step):
-                    _set_aside(_steps(self.directory, self._prefix)[step], _REPLACED)
-            newest = self._agreed_latest_step()
-        self._check_newer(step, newest)
+        if step > self._agreed_latest_step():
+            return
+        with _agreed():
+            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+            path = _steps(self.directory, self._prefix).get(step)
+            if jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
+                _set_aside(path, _REPLACED)
+        if step <= (newest := self._agreed_latest_step()):
+            raise ValueError(
+                f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
+                "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
+            )
 
-    def _agreed_latest_step(self) -> int | None:
-        """What process 0 sees: it may rename a step before another process has looked."""
+    def _agreed_latest_step(self) -> int:
+        """What process 0 sees: it may rename a step before another process has looked. -1 where there is none."""
         with _agreed():
             newest = self.latest_step()
-        return _gather(newest)[0]
-
-    def _is_unfinished(self, step: int) -> bool:
-        with contextlib.suppress(CheckpointCorruptError):
-            record = _read_record(step, _steps(self.directory, self._prefix)[step])
-            return record is not None and bool(record.unfinished)
-        return False
+        return _gather(-1 if newest is None else newest)[0]
 
     def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
@@ -2370,13 +2370,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 f"the worst. There are: {', '.join(map(repr, found)) or 'none'}.",
             )
         return found
-
-    def _check_newer(self, step: int, newest: int | None) -> None:
-        if newest is not None and step <= newest:
-            raise ValueError(
-                f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
-                "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
-            )
 
     def restore_state(
         self, step: int | str | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
@@ -2486,6 +2479,10 @@ def load_model(
 
     Works for every model that Keras can make from its config, with the assets of its layers. Reads only:
     damaged steps are passed over with a warning, and stay where they are.
+
+    A checkpoint holds the model as it is trained. What changes it when `fit` ends is not in there:
+    `EarlyStopping(restore_best_weights=True)`, for which there is `step="best"`, and an optimizer's moving
+    average (`use_ema=True`), which `model.optimizer.finalize_variable_values(model.trainable_variables)` applies.
 
     Example:
 

@@ -1093,7 +1093,7 @@ def test_arrays_of_every_dtype_are_read_back_or_found_damaged(compression, tmp_p
     ocp.Checkpointer(handler).save(directory, args=ocp.args.PyTreeSave(arrays))
     assert_equal(list(ocp.PyTreeCheckpointer().restore(directory).values()), [arrays[name] for name in sorted(arrays)])
     wanted = {name: array.sharding for name, array in arrays.items()}
-    assert_equal(orbax_keras_ckpt._read_arrays(directory, wanted), list(arrays.values()))
+    assert_equal(orbax_keras_ckpt._read_arrays(directory, dict.fromkeys(wanted), wanted.values(), None), list(arrays.values()))
     files = [path for path in tmp_path.rglob("d/*") if path.is_file()]
     found = 0
     for _ in range(60):
@@ -1101,7 +1101,7 @@ def test_arrays_of_every_dtype_are_read_back_or_found_damaged(compression, tmp_p
         bit = draw.integers(8 * path.stat().st_size)
         flip(path, bit)
         try:
-            assert_equal(orbax_keras_ckpt._read_arrays(directory, wanted), list(arrays.values()))
+            assert_equal(orbax_keras_ckpt._read_arrays(directory, dict.fromkeys(wanted), wanted.values(), None), list(arrays.values()))
         except ValueError:
             found += 1
         flip(path, bit)
@@ -3645,6 +3645,67 @@ def test_fewer_epochs_than_are_done_are_nothing_left(tmp_path, capsys):
     fit(model, 2, callback(model, tmp_path))
     fit(model, 1, callback(model, tmp_path, verbose=1))
     assert "Nothing left to train: 2 epochs are done, more than epochs=1" in capsys.readouterr().out
+
+
+def test_parent_of_runs_with_numbers_for_names_is_not_taken_for_damage(tmp_path):
+    save(dense_model(), tmp_path / "1", 0)
+    save(dense_model(), tmp_path / "2", 0)
+    with pytest.raises(FileNotFoundError, match=r"There are some in: .*/1, .*/2"):
+        load_model(tmp_path)
+    with pytest.warns(UserWarning, match=r"There are some in: .*/1, .*/2"):
+        assert KerasOrbaxCheckpointManager(dense_model(), tmp_path).restore_state() is None
+
+
+def test_error_about_damage_says_whether_arrays_were_freed(tmp_path):
+    save(dense_model(400), tmp_path)
+    damaged, model = data_file(tmp_path / "0"), dense_model(400)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)  # found while reading
+    with pytest.raises(CheckpointCorruptError, match="arrays have been freed"):
+        manager.restore_state(donate=True)
+    model = dense_model(400)
+    manager, before = KerasOrbaxCheckpointManager(model, tmp_path), values(model)
+    (tmp_path / "0/_CHECKPOINT_METADATA").write_text("{")  # found before
+    with pytest.raises(CheckpointCorruptError, match="the model is as it was"):
+        manager.restore_state(donate=True)
+    assert_equal(values(model), before)
+
+
+def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
+    model = dense_model(metrics=["mae"])
+    checkpoint = callback(model, tmp_path)
+    logs = fit(model, 1, checkpoint).history
+    assert checkpoint.checkpoint_manager.metrics(0) == {name: values[0] for name, values in logs.items()}
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+        checkpoint.checkpoint_manager.metrics(7)
+    with pytest.raises(ValueError, match="They are: loss, mae. Check"):
+        callback(model, tmp_path / "other", monitor="val_nothing").checkpoint_manager.save_state(0, metrics={"val_nothing": 1.0})
+
+
+def test_changed_layer_is_listed_before_what_follows_for_the_optimizer(tmp_path):
+    saved = dense_model()
+    fit(saved, 1, callback(saved, tmp_path))
+    with pytest.raises(CheckpointMismatchError) as caught:
+        model = compiled(keras.Sequential([keras.Input((6,)), layers.Dense(4), layers.Dense(3), layers.Dense(1)]))
+        fit(model, 2, callback(model, tmp_path))
+    groups = [line.split("- ")[1].split(":")[0] for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert groups[:4] == ["trainable_variables"] * 4
+
+
+def test_load_model_gives_the_state_of_training_and_the_docstring_says_how_to_get_what_fit_left(tmp_path):
+    model = compiled(dense_model(), keras.optimizers.Adam(0.01, use_ema=True))
+    fit(model, 2, callback(model, tmp_path / "average"))
+    loaded = load_model(tmp_path / "average")
+    loaded.optimizer.finalize_variable_values(loaded.trainable_variables)
+    assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
+
+    model = dense_model(metrics=["mae"])
+    stopping = keras.callbacks.EarlyStopping("mae", mode="max", restore_best_weights=True)  # the first epoch is best
+    fit(model, 2, stopping, callback(model, tmp_path / "best", monitor="mae", mode="max"))
+    assert_equal(load_model(tmp_path / "best", step="best").get_weights(), model.get_weights())
+    assert (load_model(tmp_path / "best").get_weights()[0] != model.get_weights()[0]).any()
 
 
 # ---------------------------------------------------------------------------------------------- the command line
