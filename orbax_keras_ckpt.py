@@ -82,6 +82,7 @@ import json
 import math
 import numbers
 import pathlib
+import pkgutil
 import random
 import re
 import signal
@@ -340,10 +341,52 @@ class _Record:
 
 
 # ----------------------------------------------------------------------------------------------- seams
-# Every private or version-dependent touch of Keras and Orbax. Each has a test that fails when it moves.
+# Every private or version-dependent touch of Keras, Orbax and JAX. All of them are the same in all versions tested, or
+# the function says since when. Where one is gone, no manager can be made, and the error names it; what only a running
+# `fit` has is looked up when that starts, before anything is trained.
+
+_TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
+_SEAMS = {
+    "keras:Model._flatten_layers": "layers inside of layers",
+    "keras:Model.jax_state_sync": "the end of fit, and of the train batches of an epoch",
+    "keras.src.utils.naming:to_snake_case": "names that Keras makes up",
+    "keras.src.backend.common.global_state:get_global_attribute": "Keras's global seed generator",
+    "keras.src.backend.common.global_state:set_global_attribute": "the same",
+    "keras.src.saving.serialization_lib:ObjectSharingScope": "layers that are shared",
+    "keras.src.saving.serialization_lib:SafeModeScope": "safe_mode",
+    "keras.src.saving.saving_lib:NpzIOStore": "assets, such as vocabularies",
+    "keras.src.saving.saving_lib:DiskIOStore": "the same",
+    "keras.src.saving.saving_lib:_save_state": "the same",
+    "keras.src.saving.saving_lib:_load_state": "the same",
+    "orbax.checkpoint:CheckpointManager._load_checkpoint_infos": "reading a directory with damaged steps",
+    "orbax.checkpoint:CheckpointManager._wait_for_checkpointers": "saves that fail in the background",
+    "orbax.checkpoint:CheckpointManager._track_best": "best_fn",
+    "orbax.checkpoint:checkpoint_manager.CheckpointInfo": "retention",
+    "orbax.checkpoint:future.CommitFutureAwaitingContractedSignals": "writing in the background",
+    "jax._src.distributed:global_state.client": "several processes",
+    "threading:_register_atexit": "finishing a save when the script ends",
+}
 
 
-_TESTED = "Keras 3.10 to 3.15"
+def _check_seams(model: keras.Model) -> None:
+    missing = []
+    for seam in _SEAMS:
+        try:
+            pkgutil.resolve_name(seam)
+        except (ImportError, AttributeError):
+            missing.append(seam.replace(":", "."))
+    if not hasattr(model, "_initial_epoch"):
+        missing.append("keras.Model._initial_epoch")
+    if missing:
+        raise _untested(f"{', '.join(missing)} is gone")
+
+
+def _untested(problem: str) -> RuntimeError:
+    versions = f"Keras {keras.__version__}, JAX {jax.__version__}, Orbax {ocp.__version__}"
+    return RuntimeError(
+        f"{problem} ({versions}). This copy of orbax_keras_ckpt.py, version {__version__}, was tested with {_TESTED}. "
+        "Nothing was changed or trained. Get a newer copy, or install versions that were tested."
+    )
 
 
 def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
@@ -384,11 +427,7 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     iterator = names.get("epoch_iterator")
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
     if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
-        raise RuntimeError(
-            f"This callback works inside the fit() of keras.Model, as it is in {_TESTED} on the JAX backend; this is "
-            f"Keras {keras.__version__}. Nothing was trained. Don't override fit() or call the hooks yourself, or "
-            "get a newer orbax_keras_ckpt.py."
-        )
+        raise _untested("This callback works inside the fit() of keras.Model, which is overridden here, or has changed")
     if callback not in callbacks.callbacks:
         raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
     return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"], names["initial_epoch"])
@@ -2129,6 +2168,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     ):
         _check_backend()
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
+        _check_seams(model)
         with _agreed():
             directory = _usable_directory(checkpoint_dir, kwargs)
         self._model = model

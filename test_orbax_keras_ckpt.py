@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import pathlib
 import pickle
+import pkgutil
 import random
 import re
 import resource
@@ -3701,6 +3702,7 @@ def test_load_model_gives_the_state_of_training_and_the_docstring_says_how_to_ge
     loaded.optimizer.finalize_variable_values(loaded.trainable_variables)
     assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
 
+    seed(0)
     model = dense_model(metrics=["mae"])
     stopping = keras.callbacks.EarlyStopping("mae", mode="max", restore_best_weights=True)  # the first epoch is best
     fit(model, 2, stopping, callback(model, tmp_path / "best", monitor="mae", mode="max"))
@@ -3803,6 +3805,23 @@ def test_orbax_still_has_what_the_seams_touch(tmp_path):
     ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=True)).save(tmp_path / "plain", args=ocp.args.PyTreeSave(tree))
     written = orbax_keras_ckpt._sharding_file({f"a.{name}": array.sharding for name, array in tree["a"].items()})
     assert json.loads(written) == json.loads((tmp_path / "plain" / "_sharding").read_text())
+
+
+JAXS_OWN = "jax._src.distributed:global_state.client"  # without it, JAX itself does not get anywhere
+
+
+@pytest.mark.parametrize("seam", [*sorted(orbax_keras_ckpt._SEAMS.keys() - {JAXS_OWN}), "_initial_epoch"])
+def test_seam_that_is_gone_is_named_before_anything_is_trained(seam, tmp_path, monkeypatch):
+    model = dense_model()
+    if seam == "_initial_epoch":
+        del model._initial_epoch
+    else:
+        owner, _, name = seam.replace(":", ".").rpartition(".")
+        owner = pkgutil.resolve_name(owner)
+        monkeypatch.delattr(next(cls for cls in getattr(owner, "__mro__", [owner]) if name in vars(cls)), name)
+    with pytest.raises(RuntimeError, match=rf"{seam.rpartition(':')[2]} is gone .*was tested with Keras 3.10 to 3.15"):
+        callback(model, tmp_path / "new")
+    assert listing(tmp_path) == []
 
 
 def blocks(path, language):
