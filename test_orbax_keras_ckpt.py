@@ -3846,10 +3846,8 @@ def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
         names = recipe("Fine-tuning", tmp_path, change)
         before.append(contents(tmp_path / "my_run"))
     assert before[0] == before[1]
-    assert load_model(tmp_path / "fine_tuned").optimizer.name == "sgd"
+    assert isinstance(load_model(tmp_path / "fine_tuned").optimizer, keras.optimizers.SGD)
     start = load_model(tmp_path / "my_run")
-    start.compile(keras.optimizers.SGD(0.01), "mse")
-    keras.utils.set_random_seed(0)
     assert names["model"].history.epoch == [0, 1, 2, 3, 4]
     assert names["model"].evaluate(names["x"], names["y"], verbose=0) < start.evaluate(names["x"], names["y"], verbose=0)
 
@@ -3871,7 +3869,7 @@ def test_readme_recipe_of_other_formats_has_the_same_weights_in_each(tmp_path):
 
 def test_readme_says_what_load_model_gives_where_fit_swaps_weights_at_its_end(tmp_path):
     (call,) = re.findall(r"`(model\.optimizer\.finalize\w+\(.*?\))`", README)
-    assert "for `restore_best_weights=True` load" in README
+    assert re.search('for `restore_best_weights=True`, load\\s`step="best"`', README)
     averaged = dense_model(optimizer=keras.optimizers.Adam(0.01, use_ema=True))
     fit(averaged, 2, callback(averaged, tmp_path / "averages"))
     model = load_model(tmp_path / "averages")
@@ -3898,8 +3896,7 @@ def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path):
     model = dense_model()
     fit(model, 1, callback(model, tmp_path))
     assert not set(names) & set(vars(model)) - {"_initial_epoch"} and model._initial_epoch is None
-    changed = [kind for kind, attributes in before.items() if {k: v for k, v in vars(kind).items() if k[:4] != "_abc"} != {k: v for k, v in attributes.items() if k[:4] != "_abc"}]
-    assert changed == []
+    assert [kind for kind, attributes in before.items() if dict(vars(kind)) != attributes] == []
 
 
 # What stands in for a scheduler. It sends SIGTERM to what it runs, once, when that has trained three epochs.
