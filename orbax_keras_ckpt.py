@@ -1,6 +1,11 @@
 # orbax_keras_ckpt.py, version 1.0.0.dev
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
+# fmt: off
+# Keras and Orbax come without types, the seams touch private attributes, and other people's code may raise anything:
+# mypy: disable-error-code="import-untyped,import-not-found"
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# ruff: noqa: BLE001, TRY004
 """Fault-tolerant training for Keras 3 on JAX, with Orbax underneath.
 
     from orbax_keras_ckpt import OrbaxCheckpointCallback, load_model
@@ -77,6 +82,7 @@ import json
 import math
 import numbers
 import pathlib
+import pkgutil
 import random
 import re
 import signal
@@ -186,8 +192,10 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
         return {kind.__name__: value.isoformat()}
     if kind is np.random.Generator and type(value.bit_generator).__name__ in _BIT_GENERATORS:
         return {"generator": type(value.bit_generator).__name__, "state": pack(value.bit_generator.state)}
-    if kind is np.random.RandomState or kind is random.Random:
-        return {"random": pack(value.getstate() if kind is random.Random else value.get_state(legacy=False))}
+    if kind is random.Random:
+        return {"Random": pack(value.getstate())}
+    if kind is np.random.RandomState:
+        return {"RandomState": pack(value.get_state(legacy=False))}
     if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
             return _pack_array(value, arrays)
@@ -209,7 +217,7 @@ def _pack_array(value: np.ndarray | np.generic | jax.Array, arrays: list[np.ndar
     np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
     data = buffer.getvalue()
     if arrays is None or len(data) <= _INLINE_BYTES:
-        place = base64.b64encode(data).decode()
+        place: str | int = base64.b64encode(data).decode()
     else:
         place = len(arrays)
         arrays.append(np.frombuffer(data, np.uint8))
@@ -242,11 +250,12 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             generator = np.random.Generator(getattr(np.random, content)())
             generator.bit_generator.state = unpack(other)
             return generator
-        case "random":
-            state = unpack(content)
-            generator = np.random.RandomState() if isinstance(state, dict) else random.Random()
-            (generator.set_state if isinstance(state, dict) else generator.setstate)(state)
-            return generator
+        case "Random":
+            (python := random.Random()).setstate(unpack(content))
+            return python
+        case "RandomState":
+            (legacy := np.random.RandomState()).set_state(unpack(content))
+            return legacy
         case "torch":
             return sys.modules["torch"].from_numpy(np.array(unpack(content)))
         case "operation" if content in _OPERATIONS:
@@ -261,7 +270,8 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
 
 def _copied(value: Any, default: Callable | None = None) -> Any:
     """A copy that shares nothing with `value`; of what cannot be saved, a copy of what `default` makes of it."""
-    return _unpack(_pack(value, arrays := [], default), arrays)
+    arrays: list[np.ndarray] = []
+    return _unpack(_pack(value, arrays, default), arrays)
 
 
 def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,10 +341,52 @@ class _Record:
 
 
 # ----------------------------------------------------------------------------------------------- seams
-# Every private or version-dependent touch of Keras and Orbax. Each has a test that fails when it moves.
+# Every private or version-dependent touch of Keras, Orbax and JAX. All of them are the same in all versions tested, or
+# the function says since when. Where one is gone, no manager can be made, and the error names it; what only a running
+# `fit` has is looked up when that starts, before anything is trained.
+
+_TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
+_SEAMS = {
+    "keras:Model._flatten_layers": "layers inside of layers",
+    "keras:Model.jax_state_sync": "the end of fit, and of the train batches of an epoch",
+    "keras.src.utils.naming:to_snake_case": "names that Keras makes up",
+    "keras.src.backend.common.global_state:get_global_attribute": "Keras's global seed generator",
+    "keras.src.backend.common.global_state:set_global_attribute": "the same",
+    "keras.src.saving.serialization_lib:ObjectSharingScope": "layers that are shared",
+    "keras.src.saving.serialization_lib:SafeModeScope": "safe_mode",
+    "keras.src.saving.saving_lib:NpzIOStore": "assets, such as vocabularies",
+    "keras.src.saving.saving_lib:DiskIOStore": "the same",
+    "keras.src.saving.saving_lib:_save_state": "the same",
+    "keras.src.saving.saving_lib:_load_state": "the same",
+    "orbax.checkpoint:CheckpointManager._load_checkpoint_infos": "reading a directory with damaged steps",
+    "orbax.checkpoint:CheckpointManager._wait_for_checkpointers": "saves that fail in the background",
+    "orbax.checkpoint:CheckpointManager._track_best": "best_fn",
+    "orbax.checkpoint:checkpoint_manager.CheckpointInfo": "retention",
+    "orbax.checkpoint:future.CommitFutureAwaitingContractedSignals": "writing in the background",
+    "jax._src.distributed:global_state.client": "several processes",
+    "threading:_register_atexit": "finishing a save when the script ends",
+}
 
 
-_TESTED = "Keras 3.10 to 3.15"
+def _check_seams(model: keras.Model) -> None:
+    missing = []
+    for seam in _SEAMS:
+        try:
+            pkgutil.resolve_name(seam)
+        except (ImportError, AttributeError):
+            missing.append(seam.replace(":", "."))
+    if not hasattr(model, "_initial_epoch"):
+        missing.append("keras.Model._initial_epoch")
+    if missing:
+        raise _untested(f"{', '.join(missing)} is gone")
+
+
+def _untested(problem: str) -> RuntimeError:
+    versions = f"Keras {keras.__version__}, JAX {jax.__version__}, Orbax {ocp.__version__}"
+    return RuntimeError(
+        f"{problem} ({versions}). This copy of orbax_keras_ckpt.py, version {__version__}, was tested with {_TESTED}. "
+        "Nothing was changed or trained. Get a newer copy, or install versions that were tested."
+    )
 
 
 def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
@@ -375,11 +427,7 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     iterator = names.get("epoch_iterator")
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
     if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
-        raise RuntimeError(
-            f"This callback works inside the fit() of keras.Model, as it is in {_TESTED} on the JAX backend; this is "
-            f"Keras {keras.__version__}. Nothing was trained. Don't override fit() or call the hooks yourself, or "
-            "get a newer orbax_keras_ckpt.py."
-        )
+        raise _untested("This callback works inside the fit() of keras.Model, which is overridden here, or has changed")
     if callback not in callbacks.callbacks:
         raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
     return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"], names["initial_epoch"])
@@ -496,7 +544,9 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     def finalize(self) -> Any:
         if self._checkpoint_metadata_store is None:  # an item inside a step
             return super().finalize()
-        final, self._final_path = self._final_path, self._tmp_path.parent / f"{self._tmp_path.name}-written"
+        final: Any = self._final_path
+        temporary: Any = self._tmp_path
+        self._final_path: Any = temporary.parent / f"{temporary.name}-written"
         self._final_path.rmtree(missing_ok=True)  # of a save that was killed
         done = super().finalize()  # a coroutine since Orbax 0.11.2x
         return self._name_later(done, final) if inspect.isawaitable(done) else self._name(final)
@@ -521,14 +571,15 @@ class _Deleter:
 
     def __init__(self, deleter: Any, mark: Callable[[int], None], tidy: Callable[[], None]):
         self._deleter, self._mark, self._tidy = deleter, mark, tidy
-        self.failures = []
+        self.failures: list[str] = []
 
     def delete(self, step: int) -> None:
         self._mark(step)
         self._deleter.delete(step)
 
     def delete_steps(self, steps: Sequence[int]) -> None:
-        for work in [*(functools.partial(self.delete, step) for step in steps), self._tidy]:
+        deletions: list[Callable[[], None]] = [functools.partial(self.delete, step) for step in steps]
+        for work in [*deletions, self._tidy]:
             try:
                 work()
             except OSError as error:
@@ -542,7 +593,7 @@ class _Hooked(ocp.CheckpointManager):
     """Orbax's manager, with what it knows of the directory, its deletions and its failures in our hands."""
 
     def _watch_deletions(self) -> None:
-        self._checkpoint_deleter = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
+        self._checkpoint_deleter: Any = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
 
     def _deletion_failures(self) -> list[str]:
         failures, self._checkpoint_deleter.failures = self._checkpoint_deleter.failures, []
@@ -567,7 +618,7 @@ class _Hooked(ocp.CheckpointManager):
 
 def _before_threads_stop(function: Callable[[], None]) -> None:
     """Calls a function when the script has ended, before Python stops thread pools, of which a commit needs some."""
-    threading._register_atexit(function)  # atexit runs after that
+    vars(threading)["_register_atexit"](function)  # atexit runs after that
 
 
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -625,14 +676,15 @@ def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
     if not load:
         saving_lib._save_state(model, NoWeights(), assets, "", set())
         return
-    saving_lib._load_state(model, NoWeights(), assets, "", False, set(), set(), errors := {})
+    errors: dict[Any, Any] = {}
+    saving_lib._load_state(model, NoWeights(), assets, "", False, set(), set(), errors)
     for _, error in errors.values():
         raise error
 
 
 def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
     """The compiled metrics by name."""
-    return {metric.name: metric for group in model.metrics for metric in [group, *getattr(group, "metrics", [])]}
+    return {metric.name: metric for group in model.metrics for metric in getattr(group, "metrics", [group])}
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
@@ -640,7 +692,7 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     name = monitor.removeprefix("val_")
     if name == "loss":
         return "min"
-    return {"up": "max", "down": "min"}.get(getattr(_metrics_of(model).get(name), "_direction", None))
+    return {"up": "max", "down": "min", None: None}[getattr(_metrics_of(model).get(name), "_direction", None)]
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -743,7 +795,7 @@ class _Meetings:
 
 def _warn(message: str) -> None:
     """A warning of process 0, at the user's line that led here."""
-    others = (_warn.__code__.co_filename, os.path.dirname(keras.__file__), os.path.dirname(ocp.__file__))
+    others = (_warn.__code__.co_filename, *(os.path.dirname(str(each.__file__)) for each in (keras, ocp)))
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
         frame, level = frame.f_back, level + 1
@@ -765,7 +817,7 @@ def _variables(
         raise ValueError(
             f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
         )
-    groups = {name: list(getattr(model, name)) for name in _WEIGHTS}
+    members = {name: list(getattr(model, name)) for name in _WEIGHTS}
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
             raise ValueError(
@@ -774,9 +826,9 @@ def _variables(
             )
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        groups[_GROUPS[2]] = list(model.optimizer.variables)
-    _check_paths({name: [variable.path for variable in variables] for name, variables in groups.items()})
-    groups = {name: {variable.path: variable for variable in members} for name, members in groups.items()}
+        members[_GROUPS[2]] = list(model.optimizer.variables)
+    _check_paths({name: [variable.path for variable in variables] for name, variables in members.items()})
+    groups = {name: {variable.path: variable for variable in variables} for name, variables in members.items()}
     if metrics:  # their paths need not be unique, and they have no life beyond their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
     return groups
@@ -841,69 +893,62 @@ def _automatic_names(model: keras.Model) -> set[str]:
     return stems
 
 
-def _pair_names(live: Iterable[str], saved: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
-    """{live: saved} of sibling names: the same, or automatic ones that differ in their numbers, in order of these."""
+def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
+    """{path without Keras's own numbers: path}. Instead of a number it has the place among siblings, and their count.
 
-    def by_stem(names: Iterable[str]) -> dict[str, list[str]]:
-        stems = collections.defaultdict(list)
-        for name in names:
-            number = _NUMBER.search(name)
-            stem = name[: number.start()] if number else name
-            stems[stem if stem in automatic else name].append((int(number[1]) if number else 0, name))
-        return {stem: [name for _, name in sorted(group)] for stem, group in stems.items()}
-
-    pairs, saved = {}, by_stem(saved)
-    for stem, names in by_stem(live).items():
-        others = saved.get(stem, [])
-        if len(names) == len(others):
-            # Keras counts up as layers are made, so the order of the numbers is that of their making.
-            pairs.update(zip(names, others))
-        else:
-            pairs.update((name, name) for name in names if name in others)
-    return pairs
+    Keras counts up as layers are made, so the order of the numbers is that of their making.
+    """
+    ends = {path: list(itertools.accumulate(path.split("/"), "{}/{}".format)) for path in paths}  # a, a/b, a/b/c
+    names, siblings = {}, collections.defaultdict(list)
+    for place in dict.fromkeys(itertools.chain(*ends.values())):
+        folder, _, names[place] = place.rpartition("/")
+        number = _NUMBER.search(place)
+        if (stem := _NUMBER.sub("", names[place])) in automatic:
+            siblings[folder, stem].append((int(number[1]) if number else 0, place))
+    for (_, stem), members in siblings.items():
+        names |= {place: f"{stem} {rank} of {len(members)}" for rank, (_, place) in enumerate(sorted(members))}
+    return {"/".join(names[place] for place in places): path for path, places in ends.items()}
 
 
-def _pair_paths(live: Mapping[str, Any], saved: Mapping[str, Any], automatic: Iterable[str]) -> dict[str, str]:
-    """{live path: saved path} of two nested trees, level by level."""
-    pairs = {}
-    for name, other in _pair_names(live, saved, automatic).items():
-        below, below_other = live[name], saved[other]
-        if isinstance(below, dict) and isinstance(below_other, dict):
-            inner = _pair_paths(below, below_other, automatic)
-            pairs |= {f"{name}/{key}": f"{other}/{value}" for key, value in inner.items()}
-        elif not isinstance(below, dict) and not isinstance(below_other, dict):
-            pairs[name] = other
-    return pairs
+def _pair_paths(live: Sequence[str], saved: Sequence[str], automatic: Iterable[str]) -> dict[str, str]:
+    """{live path: saved path}: the same but for Keras's own numbers; or else the very same."""
+    here, there = _canonical(live, automatic), _canonical(saved, automatic)
+    pairs = {path: there[name] for name, path in here.items() if name in there}
+    rest = set(saved).difference(pairs.values())
+    return pairs | {path: path for path in live if path in rest and path not in pairs}
 
 
-def _pair_optimizer(live: Iterable[str], saved: Iterable[str], weights: Mapping[str, str], automatic: Any) -> dict:
+def _pair_optimizer(live: Iterable[str], saved: Sequence[str], weights: Mapping[str, str], automatic: Any) -> dict:
     """{live path: saved path} of the optimizer's variables, whose names contain those of the weights."""
     flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
 
-    def renamed(path: str) -> str:
+    def as_saved(path: str) -> str:
         folder, _, name = path.rpartition("/")
         for cut in (match.start() for match in reversed(list(re.finditer("_", name)))):
             if name[:cut] in flat:
                 return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
         return path
 
-    originals = {renamed(path): path for path in live}
-    pairs = _pair_paths(*(_nest({path: path for path in paths}) for paths in (originals, saved)), automatic)
-    return {originals[path]: other for path, other in pairs.items()}
+    renamed = {as_saved(path): path for path in live}
+    return {renamed[path]: other for path, other in _pair_paths(list(renamed), saved, automatic).items()}
 
 
-def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[tuple[str, str], tuple[str, str]]:
-    """{(group, path) of live variables: (group, path) of saved ones}. Weights may have changed their group: such a
-    layer was frozen or thawed in between."""
+_Place = tuple[str, str]  # group and path of a variable
+
+
+def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[_Place, _Place]:
+    """{live: saved}. Weights may have changed their group: such a layer was frozen or thawed in between."""
     groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
-    trees = ({spec.path: spec.path for group in _WEIGHTS for spec in specs.get(group, [])} for specs in (live, saved))
-    weights = _pair_paths(*map(_nest, trees), automatic)
-    here, there = ([spec.path for spec in specs.get(_GROUPS[2], [])] for specs in (live, saved))
-    others = _pair_optimizer(here, there, weights, automatic)
-    pairs = {(group, s.path): weights.get(s.path) for group in _WEIGHTS for s in live.get(group, [])}
-    pairs = {key: (groups[other], other) for key, other in pairs.items() if other is not None}
-    pairs |= {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in others.items()}
-    return pairs | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
+    here, there = ([s.path for group in _WEIGHTS for s in specs.get(group, [])] for specs in (live, saved))
+    weights = _pair_paths(here, there, automatic)
+    here, there = ([s.path for s in specs.get(_GROUPS[2], [])] for specs in (live, saved))
+    optimizer = _pair_optimizer(here, there, weights, automatic)
+    pairs = {(group, s.path): s.path for group in _WEIGHTS for s in live.get(group, []) if s.path in weights}
+    return (
+        {place: (groups[weights[path]], weights[path]) for place, path in pairs.items()}
+        | {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in optimizer.items()}
+        | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
+    )
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
@@ -950,7 +995,8 @@ def _compare(
     unexpected = [place for place in places if place not in taken]
     sources, differences = [], []
     for group, path, spec in ((group, spec.path, spec) for group, specs in live.items() for spec in specs):
-        other = places.get(place := pairs.get((group, path)))
+        place = pairs.get((group, path), (group, ""))
+        other = places.get(place)
         if other is None:
             alike = [name for where, name in unexpected if where == group and places[where, name].shape == spec.shape]
             near = difflib.get_close_matches(path, alike, n=1)
@@ -963,7 +1009,8 @@ def _compare(
         else:
             sources.append(_Source(_array_name(*place), variables[group][path], other))
     differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
-    return sources, differences
+    # Weights first: what differs in the optimizer mostly follows from them.
+    return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
 
 def _listing(lines: list[str]) -> str:
@@ -1288,7 +1335,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         super().__init__(array_metadata_store=None)
         zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compression else []
         self.save = ""  # the id of the save that is about to begin
-        self.expected = None  # the arrays to find at its end, if that is to be checked
+        self.expected: dict[str, _Spec] | None = None  # the arrays to find at its end, if that is to be checked
         self._codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
 
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
@@ -1318,7 +1365,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
         specs = [array | {"kvstore": _kvstore(base, name) | _WRITING} for name, array in arrays.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
-        writing, free = collections.deque(), _WRITING_BYTES
+        writing: collections.deque[tuple[int, Any]] = collections.deque()
+        free = _WRITING_BYTES
         for store, shards in zip(stores, parts):
             for index, values in shards:
                 while writing and free < values.nbytes:
@@ -1345,7 +1393,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
                 source.experimental_copy_range_to(target.with_transaction(transaction)).result()
             transaction.commit_sync()
         if self.expected is not None:
-            _check_arrays(directory, self.expected, self.save)
+            _check_tree(directory, self.expected)
+            _open_arrays(directory, self.expected, self.save)
 
 
 def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
@@ -1356,32 +1405,19 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     return handler
 
 
-def _open_arrays(directory: epath.Path, names: Iterable[str], save: str | None) -> dict[str, ts.TensorStore]:
-    """Arrays by name, that we have written in a save of that id, or that Orbax has."""
+def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
+    """Arrays that we have written in a save of that id, or that Orbax has. ValueError where one is not as expected."""
     driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
-    context = _context()
-    spec = {"driver": driver, "fill_missing_data_reads": False}
-    specs = {name: spec | {"kvstore": _kvstore(directory, name)} for name in names}
-    opening = {name: ts.open(spec, open=True, read=True, context=context) for name, spec in specs.items()}
-    stores = {name: store.result() for name, store in opening.items()}
-    for name, store in stores.items() if save else ():
-        if store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
+    context, spec = _context(), {"driver": driver, "fill_missing_data_reads": False}
+    specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
+    opening = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
+    stores = [store.result() for store in opening]
+    for store, (name, known) in zip(stores, expected.items()):
+        if save and store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
             raise ValueError(f"{name!r} was not written by the save that the record is of: files of two are mixed")
+        if known is not None and (store.shape, store.dtype.name) != known[1:]:
+            raise ValueError(f"{name!r} is {store.dtype.name}{store.shape}, which is not what was saved")
     return stores
-
-
-def _check_array(name: str, array: Any, spec: _Spec) -> None:
-    if (tuple(array.shape), array.dtype.name) != spec[1:]:
-        raise ValueError(f"{name!r} is {array.dtype.name}{tuple(array.shape)}, which is not what was saved")
-
-
-def _check_arrays(directory: epath.Path, expected: Mapping[str, _Spec], save: str | None) -> list[ts.TensorStore]:
-    """The arrays that there should be, opened. ValueError where they are not there as expected, and no others."""
-    stores = _open_arrays(directory, expected, save)
-    for name, store in stores.items():
-        _check_array(name, store, expected[name])
-    _check_tree(directory, expected)
-    return list(stores.values())
 
 
 def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
@@ -1390,18 +1426,18 @@ def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
 
 
 def _read_arrays(
-    directory: epath.Path, shardings: Mapping[str, jax.sharding.Sharding], save: str | None = None
+    directory: epath.Path, expected: Mapping[str, _Spec | None], shardings: Iterable[jax.sharding.Sharding], save: Any
 ) -> list[jax.Array]:
-    """Arrays by name, straight into their shardings. ValueError where a checksum differs."""
+    """Arrays straight into their shardings. ValueError where a checksum differs."""
 
     def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
         part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
         return jax.make_array_from_callback(
-            store.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index))
+            store.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index or ()))
         )
 
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, _open_arrays(directory, shardings, save).values(), shardings.values()))
+        return list(pool.map(read, _open_arrays(directory, expected, save), shardings))
 
 
 # What belongs to the processes rather than to the model, where it is not small: the item "run" has one row of bytes for
@@ -1416,7 +1452,7 @@ def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, byt
     with zipfile.ZipFile(target, "w") as archive:
         archive.writestr("value.json", json.dumps(packed))
         for number, array in enumerate(arrays):
-            archive.writestr(f"arrays/{number}", memoryview(array))
+            archive.writestr(f"arrays/{number}", array.data)
         for name, content in assets.items():
             archive.writestr(f"assets/{name}", content)
     return np.frombuffer(target.getbuffer(), np.uint8)
@@ -1434,13 +1470,12 @@ def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
     return jax.make_array_from_process_local_data(by_row, row), lengths
 
 
-def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfile.ZipFile | None:
-    """What a process has left in a step, None if there is nothing. ValueError where it is damaged."""
-    if record.run is None:
-        return None
-    store = _open_arrays(path / "run", ["rows"], record.save)["rows"]
+def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfile.ZipFile:
+    """What a process has left in the item "run". ValueError where it is damaged."""
+    assert record.run is not None
+    [store] = _open_arrays(path / "run", {"rows": None}, record.save)
     row = store[process, : record.run[process]].read().result()
-    return zipfile.ZipFile(io.BytesIO(row))
+    return zipfile.ZipFile(io.BytesIO(row.data))
 
 
 def _read_own(path: epath.Path, record: _Record) -> Any:
@@ -1497,7 +1532,9 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     if prefix is ...:  # whatever there is: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
-    steps, bare, replaced = {}, {}, {}
+    steps: dict[int, epath.Path] = {}
+    bare: dict[int, epath.Path] = {}
+    replaced: dict[int, epath.Path] = {}
     for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
         kind = replaced if match["aside"] else steps if path in committed else bare
         if path in committed or path.is_dir():
@@ -1513,7 +1550,9 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
+    if _is_bucket(directory):
+        bare = {}
+    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # or a run of its own
     return damaged | replaced | steps
 
 
@@ -1613,6 +1652,14 @@ def _read_record(step: int, path: epath.Path) -> _Record | None:
         return _Record.from_metadata(_metadata(path))
 
 
+def _is_unfinished(step: int, path: epath.Path) -> bool:
+    """Whether a step is a snapshot inside an epoch, whose end may get the same number."""
+    with contextlib.suppress(CheckpointCorruptError):
+        record = _read_record(step, path)
+        return record is not None and bool(record.unfinished)
+    return False
+
+
 def _array_folder(path: epath.Path) -> epath.Path:
     """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
     return path / ("pytree" if (path / "pytree").exists() else "default")
@@ -1628,9 +1675,9 @@ def _tree_paths(directory: epath.Path) -> list[str]:
 def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
     """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
     paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
-    variables = {group: [] for group in _GROUPS[:3]}
-    for name, store in _open_arrays(directory, paths, None).items():
-        if {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
+    variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
+    for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
+        if store.codec and {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
             raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
         group, _, rest = paths[name].partition("/")
         if group in variables:
@@ -1650,7 +1697,7 @@ def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None
     name, mode = monitored
     values = {step: record.metrics.get(name, math.nan) for step, record in records.items()}
     values = {step: value for step, value in values.items() if not math.isnan(value)}
-    return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.get, default=None)
+    return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.__getitem__, default=None)
 
 
 def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
@@ -1701,11 +1748,13 @@ class _Restore:
     own: bool = True
     sets_aside: bool = False
     monitored: Sequence[str] | None = None
+    has_freed: bool = False
 
     def run(self, step: int | str | None) -> _Restored | None:
         """The newest step that is intact, or that step. None where the directory is empty."""
-        steps, damaged = _steps_together(self.directory, self.prefix), {}
+        steps = _steps_together(self.directory, self.prefix)
         step = self._chosen(step, steps)
+        damaged: dict[int, Exception] = {}
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
             before = self._look(candidate)
             try:
@@ -1724,7 +1773,7 @@ class _Restore:
             return None
         raise CheckpointCorruptError(
             f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
-            + (", but the model's arrays have been freed" if self.donate else ", and the model is as it was")
+            + (", but the model's arrays have been freed" if self.has_freed else ", and the model is as it was")
             + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
@@ -1736,7 +1785,7 @@ class _Restore:
                     f"No checkpoint in {self.directory} is known as the best one: either there is none, or they were "
                     "saved without monitor=..., or without that metric. Give the number of a step."
                 )
-        if step is not None and step not in steps:
+        if step is not None and (isinstance(step, str) or step not in steps):
             raise FileNotFoundError(
                 f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
             )
@@ -1744,9 +1793,10 @@ class _Restore:
 
     def _look(self, step: int) -> Any:
         """What tells a step from another one of its number."""
-        path = _steps(self.directory, self.prefix).get(step)
+        if (path := _steps(self.directory, self.prefix).get(step)) is None:
+            return None
         try:
-            return path and (path.name, (path / _METADATA).read_bytes().hex())
+            return path.name, (path / _METADATA).read_bytes().hex()
         except OSError as error:
             return path.name, error.errno
 
@@ -1761,24 +1811,24 @@ class _Restore:
             variables = self.variables_for(step, record, path)
             sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
             if differences and self.strict:
-                what, way = (
-                    "is of another model",
-                    "Build the model as it was saved, use another directory, or strict=False",
-                )
+                what = "is of another model"
+                way = "Build the model as it was saved, or use another directory; strict=False restores what matches"
                 if all(line.startswith(_GROUPS[2]) for line in differences):
                     what = "is of the same weights, but another optimizer"
-                    way = "Compile the model as it was saved, or restore the weights alone, with weights_only=True"
+                    way = "Compile the model as it was saved; weights_only=True restores the weights alone"
                 raise CheckpointMismatchError(
-                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. {way}."
+                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. "
+                    f"{way} (arguments of KerasOrbaxCheckpointManager.restore_state)."
                 )
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
-        shardings = {source.name: source.variable.value.sharding for source in sources}
-        for source in sources if self.donate else ():
-            source.variable.value.delete()
+        expected = {source.name: source.saved for source in sources}
+        shardings = [source.variable.value.sharding for source in sources]
+        if self.donate:
+            self.has_freed = True
+            for source in sources:
+                source.variable.value.delete()
         with _agreed(), _reading(step, path):
-            arrays = _read_arrays(_array_folder(path), shardings, record and record.save)
-            for source, array in zip(sources, arrays):
-                _check_array(source.name, array, source.saved)
+            arrays = _read_arrays(_array_folder(path), expected, shardings, record and record.save)
             own = _read_own(path, record) if self.own and record else None
         if differences:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
@@ -1806,17 +1856,19 @@ def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
     """Reads all that there is of a step, with a progress bar. CheckpointCorruptError where something is damaged."""
     print(f"Step {step}:", flush=True)
     with _reading(step, path):
-        folder, save = _array_folder(path), record and record.save
-        variables = _saved_variables(path, record)
-        stores = _check_arrays(folder, _arrays_of(variables), save) if record else []
-        stores = stores or list(_open_arrays(folder, _arrays_of(variables), save).values())
+        folder = _array_folder(path)
+        arrays = _arrays_of(_saved_variables(path, record))
+        if record:
+            _check_tree(folder, arrays)
+        stores = _open_arrays(folder, arrays, record.save if record else None)
         progress = keras.utils.Progbar(len(stores), unit_name="array")
         for store in stores:
             store.read().result()
             progress.add(1)
-        for process in range(len(record.run or ()) if record else 0):
-            if (name := _read_archive(path, record, process).testzip()) is not None:
-                raise ValueError(f"{name!r} in what process {process} has saved has another checksum")
+        if record and record.run:
+            for process in range(record.processes):
+                if (name := _read_archive(path, record, process).testzip()) is not None:
+                    raise ValueError(f"{name!r} in what process {process} has saved has another checksum")
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -1827,7 +1879,8 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
         with _serialization(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of lambdas: load_model() refuses them
-            config, policy = map(keras.saving.serialize_keras_object, (model, model.dtype_policy))
+            config: Any = keras.saving.serialize_keras_object(model)
+            policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
             config = {**config, "dtype_policy": policy, "lora": lora}  # which configs of layers around leave out
             return json.loads(json.dumps(config)), _saved_assets(model)
@@ -1869,7 +1922,7 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
-    if assets:  # outside of safe mode, as Keras does it: these are files
+    if archive and assets:  # outside of safe mode, as Keras does it: these are files
         with tempfile.TemporaryDirectory() as folder:
             archive.extractall(folder, assets)
             _walk_assets(model, os.path.join(folder, "assets"), load=True)
@@ -1882,9 +1935,9 @@ def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
     These have their layers in the same order, but not with the same numbers. A layer may have its variables in another
     order; their names then tell which is which.
     """
-    pairs = {}
+    pairs: dict[int, int] = {}
     for length in (2, 1):  # of the names that have to agree
-        ends = collections.defaultdict(lambda: ([], []))
+        ends: dict[Any, tuple[list[int], list[int]]] = collections.defaultdict(lambda: ([], []))
         for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
             for place in sorted(set(range(len(paths))) - paired):
                 names = paths[place].split("/")[-length:]
@@ -1903,7 +1956,8 @@ def _unsaved_state(model: keras.Model) -> list[str]:
     for layer in own:
         definer = next(cls for cls in type(layer).__mro__ if "save_own_variables" in vars(cls))
         if definer.__module__.partition(".")[0] not in ("keras", "keras_hub"):
-            layer.save_own_variables(stored := {})
+            stored: dict[str, Any] = {}
+            layer.save_own_variables(stored)
             known = [np.asarray(variable.value) for variable in layer.variables]
             if any(not any(np.array_equal(value, each) for each in known) for value in stored.values()):
                 names.append(layer.name)
@@ -1922,7 +1976,7 @@ def _check_backend() -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
 
 
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
@@ -1945,9 +1999,9 @@ def _check_keywords(of: type, given: Iterable[str]) -> None:
         meant = _ELSEWHERE.get(name) or (f"Did you mean {near[0]!r}?" if near else "")
         lines.append(f"{of.__name__} has no argument {name!r}. {meant}".rstrip())
     if lines:
-        own = ", ".join(name for name in dict.fromkeys(own) if name != "kwargs")
+        ours = ", ".join(name for name in dict.fromkeys(own) if name != "kwargs")
         others = "All others go to orbax.checkpoint.CheckpointManagerOptions."
-        raise TypeError("\n".join([*lines, f"Its arguments are: {own}. {others}"]))
+        raise TypeError("\n".join([*lines, f"Its arguments are: {ours}. {others}"]))
 
 
 def _check_arguments(
@@ -2018,7 +2072,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return directory
 
 
-_SAVING = set()  # managers of this process with a save on its way
+_SAVING: set[Any] = set()  # managers of this process with a save on its way
 
 
 def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
@@ -2040,8 +2094,8 @@ def _finish_before_exit() -> None:
         for manager in list(_SAVING):
             try:
                 manager.wait_until_finished()
-            except Exception:  # nobody is left to raise it to
-                sys.excepthook(*sys.exc_info())
+            except Exception as error:  # nobody is left to raise it to
+                sys.excepthook(type(error), error, error.__traceback__)
 
     _before_threads_stop(finish)
 
@@ -2095,19 +2149,20 @@ class KerasOrbaxCheckpointManager(_Hooked):
     ):
         _check_backend()
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
+        _check_seams(model)
         with _agreed():
             directory = _usable_directory(checkpoint_dir, kwargs)
         self._model = model
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
         self._mode = mode
-        self._description = None  # of the model, before it is saved
-        self._failure = None  # of a save, that this manager has not raised yet
+        self._description: Any = None  # of the model, before it is saved
+        self._failure: Exception | None = None  # of a save, that this manager has not raised yet
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix")
-        self._saving = None  # the step and the id of the save that is on its way
+        self._saving: tuple[int, str] | None = None  # the step and the id of the save that is on its way
         self._is_writing = False  # until it is committed or has failed
-        self._known = {}  # what retention has to know of the steps, by path
+        self._known: dict[epath.Path, Any] = {}  # what retention has to know of the steps, by path
         self._fitting = False  # the callback asks JAX for signals then
         self._meetings = _Meetings()
         self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
@@ -2148,11 +2203,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """How good a checkpoint is: the higher the better, NaN and missing the worst."""
-        value = metrics.get(self._monitor, math.nan)
+        value = metrics.get(str(self._monitor), math.nan)
         return -math.inf if math.isnan(value) else value if self._resolved_mode() == "max" else -value
 
     def _resolved_mode(self) -> str:
-        if self._mode == "auto" and (mode := _direction(self._model, self._monitor)):
+        if self._mode == "auto" and (mode := _direction(self._model, str(self._monitor))):
             self._mode = mode
         if self._mode == "auto":
             raise ValueError(
@@ -2164,10 +2219,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _monitored(self) -> list[str] | None:
         return None if self._monitor is None else [self._monitor, self._resolved_mode()]
 
+    def _committed(self) -> dict[int, epath.Path]:
+        return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+
     def latest_step(self) -> int | None:
         """The newest step on disk, or of a save that is on its way; None where there is none."""
-        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
-        return max([*steps, *([self._saving[0]] if self._saving else [])], default=None)
+        return max([*self._committed(), *([self._saving[0]] if self._saving else [])], default=None)
 
     def best_step(self) -> int | None:
         """The best step by `monitor`, or by the metric and direction that the newest checkpoint names; else None."""
@@ -2175,16 +2232,25 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return super().best_step()
         return _best(_records(_steps(self.directory, self._prefix)), self._monitored())
 
-    def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float]]]:
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """The metrics that were saved with a step; None where another tool wrote it."""
+        path = _steps(self.directory, self._prefix).get(step)
+        if path is None:
+            raise FileNotFoundError(f"There is no checkpoint of step {step} in {self.directory}.")
+        record = _read_record(step, path)
+        return record.metrics if record else None
+
+    def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
         """For Orbax: committed steps, when they were committed and their metrics. Damaged ones have none."""
-        steps = _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+        steps = self._committed()
         for path in [path for path in steps.values() if path not in self._known]:
-            nanoseconds, metrics = 0, {}
+            nanoseconds, record = 0, None
             with contextlib.suppress(Exception):  # of damage of any kind, which is for others to report
                 metadata = _metadata(path)
                 nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
-                metrics = _Record.from_metadata(metadata).metrics
-            self._known[path] = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics
+                record = _Record.from_metadata(metadata)
+            committed = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
+            self._known[path] = committed, record.metrics if record else {}
         self._known = {path: known for path, known in self._known.items() if path in steps.values()}
         known = {step: self._known[path] for step, path in sorted(steps.items())}
         return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
@@ -2285,7 +2351,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What belongs to this process: the fields of the record, and the item "run" where it is not small."""
         assets = self._description[1] if jax.process_index() == 0 else {}
-        packed = _pack(own, arrays := [])
+        arrays: list[np.ndarray] = []
+        packed = _pack(own, arrays)
         size = sum(array.nbytes for array in arrays) + len(json.dumps(packed))
         if jax.process_count() == 1 and not assets and size < _SMALL_BYTES_OF_JSON:
             return {"own": _pack(own), "run": None}, {}
@@ -2308,7 +2375,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             )
         except Exception as error:
             self._meetings.give_up(error)
-            self._end_failed(step, record.save, error)
+            self._end_failed((step, record.save), error)
         else:
             self._saving = step, record.save
             _SAVING.add(self)
@@ -2317,26 +2384,24 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _make_room(self, step: int) -> None:
         """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
-        newest = self._agreed_latest_step()
-        if newest is not None and step <= newest:
-            with _agreed():
-                self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
-                if jax.process_index() == 0 and step == self.latest_step() and self._is_unfinished(step):
-                    _set_aside(_steps(self.directory, self._prefix)[step], _REPLACED)
-            newest = self._agreed_latest_step()
-        self._check_newer(step, newest)
+        if step > self._agreed_latest_step():
+            return
+        with _agreed():
+            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+            path = _steps(self.directory, self._prefix).get(step)
+            if path and jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
+                _set_aside(path, _REPLACED)
+        if step <= (newest := self._agreed_latest_step()):
+            raise ValueError(
+                f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
+                "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
+            )
 
-    def _agreed_latest_step(self) -> int | None:
-        """What process 0 sees: it may rename a step before another process has looked."""
+    def _agreed_latest_step(self) -> int:
+        """What process 0 sees: it may rename a step before another process has looked. -1 where there is none."""
         with _agreed():
             newest = self.latest_step()
-        return _gather(newest)[0]
-
-    def _is_unfinished(self, step: int) -> bool:
-        with contextlib.suppress(CheckpointCorruptError):
-            record = _read_record(step, _steps(self.directory, self._prefix)[step])
-            return record is not None and bool(record.unfinished)
-        return False
+        return _gather(-1 if newest is None else newest)[0]
 
     def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is not there."""
@@ -2351,13 +2416,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 f"the worst. There are: {', '.join(map(repr, found)) or 'none'}.",
             )
         return found
-
-    def _check_newer(self, step: int, newest: int | None) -> None:
-        if newest is not None and step <= newest:
-            raise ValueError(
-                f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
-                "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
-            )
 
     def restore_state(
         self, step: int | str | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
@@ -2392,7 +2450,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return None
         return found.step
 
-    def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: bool) -> _Restored | None:
+    def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
         """See `_Restore`; `how` are its strict, donate and own."""
         with _agreed():
             _wait_for_saves(self.directory, self)
@@ -2410,14 +2468,15 @@ class KerasOrbaxCheckpointManager(_Hooked):
         try:
             super().wait_until_finished()
         except Exception as error:
-            self._end_failed(*(self._saving or (None, None)), error)
+            self._end_failed(self._saving, error)
         self._saving = None
         _SAVING.discard(self)
-        for failure in self._deletion_failures():
-            _warn(f"An old checkpoint in {self.directory} could not be deleted: {failure}")
+        for reason in self._deletion_failures():
+            _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
 
-    def _end_failed(self, step: int | None, save: str | None, error: Exception) -> None:
-        """Raises for a save that has failed. A warning, where it is committed for all that."""
+    def _end_failed(self, saving: Any, error: Exception) -> None:
+        """Raises for a save, its step and id, that has failed. A warning, where it is committed for all that."""
+        step, save = saving or (-1, None)
         self._saving, self._is_writing = None, False
         _SAVING.discard(self)
         self._settle()
@@ -2468,6 +2527,10 @@ def load_model(
     Works for every model that Keras can make from its config, with the assets of its layers. Reads only:
     damaged steps are passed over with a warning, and stay where they are.
 
+    A checkpoint holds the model as it is trained. What changes it when `fit` ends is not in there:
+    `EarlyStopping(restore_best_weights=True)`, for which there is `step="best"`, and an optimizer's moving
+    average (`use_ema=True`), which `model.optimizer.finalize_variable_values(model.trainable_variables)` applies.
+
     Example:
 
     >>> load_model("/tmp/ckpt").save("/tmp/model.keras")
@@ -2493,13 +2556,14 @@ def load_model(
     """
     _check_backend()
     directory = _usable_directory(checkpoint_dir, {"read_only": True})
-    models = []
+    models: list[keras.Model] = []
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
         problem = "another tool wrote it" if record is None else record.model.get("error")
         if problem is None:
+            assert record is not None
             with _reading(step, path):
-                archive = _read_archive(path, record)
+                archive = _read_archive(path, record) if record.run else None
             model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
             if model.built:
                 models[:] = [model]

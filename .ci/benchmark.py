@@ -1,6 +1,8 @@
 """Saving and restoring a Keras model's training state, side by side: `python .ci/benchmark.py --gb 0.4`.
 
-Every round runs all candidates one after the other, each on its own newest state; the table has the medians.
+Every round runs all candidates one after the other, each on its own newest state. The table has median (minimum to
+maximum) of the rounds; a second one, the median of the ratios to Keras's callback and to a raw write in the same round.
+The load of the machine is printed before and after: on one that does other work, the figures mean little.
 `training meanwhile` is the speed of training from the start of a save until it is committed, 1 without any save.
 Memory is the growth of the process's peak (Linux), each candidate in a process of its own.
 `python .ci/benchmark.py --idle` measures instead what a batch costs on which nothing is saved.
@@ -12,7 +14,6 @@ os.environ["KERAS_BACKEND"] = "jax"
 
 import argparse
 import json
-import math
 import pathlib
 import shutil
 import statistics
@@ -229,23 +230,30 @@ def memory(name, model, directory):
     return dict(zip(MEMORY, (peak(lambda: (save(0), wait())), peak(restore))))
 
 
-def shown(column, value, state):
-    if math.isnan(value):
+def shown(column, values, state):
+    if not values:
         return "not measured"
-    if column in SECONDS:
-        return f"{value:.3f} s"
-    return f"{value / state:.2f} states" if column in MEMORY else f"{value:.2f}"
+    if column not in SECONDS:
+        return f"{values[0] / state:.2f} states" if column in MEMORY else f"{statistics.median(values):.2f}"
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def table(results, state):
-    """One row for each candidate: the value, and in brackets its ratio to Keras's callback."""
-    columns = (*SECONDS, SPEED, *MEMORY)
+def table(columns, rows):
     yield "| | " + " | ".join(columns) + " |"
     yield "|---|" + "---|" * len(columns)
-    for name, row in results.items():
-        cells = [shown(column, row[column], state) for column in columns]
-        ratios = [f" ({row[c] / results[BASE][c]:.2f})" if c in SECONDS else "" for c in columns]
-        yield f"| {name} | " + " | ".join(cell + ratio for cell, ratio in zip(cells, ratios)) + " |"
+    for name, cells in rows.items():
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def ratios(rounds):
+    """For each candidate, the medians of its ratios to others in the same round."""
+    bases = {base: rounds[base] for base in (BASE, "raw write and fsync", ".weights.h5") if base in rounds}
+    for name, rows in rounds.items():
+        cells = []
+        for column in SECONDS:
+            pairs = [[row[column] / other[column] for row, other in zip(rows, others)] for others in bases.values()]
+            cells.append(" / ".join(f"{statistics.median(pair):.2f}" for pair in pairs))
+        yield name, cells
 
 
 def main():
@@ -253,7 +261,7 @@ def main():
     parser.add_argument("--gb", type=float, default=0.4, help="size of the state: weights and Adam's two moments")
     parser.add_argument("--variables", type=int, default=8, help="how many weights it consists of")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--brief", action="store_true", help="only this module and Keras's callback")
+    parser.add_argument("--brief", action="store_true", help="without the guide's version, and without training")
     parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)  # the process for one candidate
     parser.add_argument("--idle", action="store_true", help="only the cost of a batch on which nothing is saved")
     options = parser.parse_args()
@@ -268,28 +276,33 @@ def main():
         if options.memory:
             print(json.dumps(memory(options.memory, model, work)))
             return
-        names = ["this module", BASE] if options.brief else CANDIDATES
+        names = [name for name in CANDIDATES if not (options.brief and name == "the guide's version")]
+        print(f"load before: {os.getloadavg()[0]:.2f}", flush=True)
         candidates = {name: CANDIDATES[name](model, tempfile.mkdtemp(dir=work)) for name in names}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
             names = list(candidates)
             for name in names[number % len(names) :] + names[: number % len(names)]:  # what comes first may pay for it
                 rounds[name].append(measure(model, candidates[name], number))
-        results = {
-            name: {column: statistics.median(row[column] for row in rows[1:]) for column in SECONDS}
-            for name, rows in rounds.items()
-        }
+        rounds = {name: rows[1:] for name, rows in rounds.items()}
+        results = {name: {column: [row[column] for row in rows] for column in SECONDS} for name, rows in rounds.items()}
         for name, candidate in candidates.items():
             # Beyond that, compiling takes minutes.
-            numbers = range(options.rounds + 1, 2 * options.rounds + 1) if options.variables <= 100 else ()
-            speeds = [training_meanwhile(model, candidate, number) for number in numbers]
-            results[name][SPEED] = statistics.median(speeds or [math.nan])
+            is_trained = options.variables <= 100 and not options.brief
+            numbers = range(options.rounds + 1, 2 * options.rounds + 1) if is_trained else ()
+            results[name][SPEED] = [training_meanwhile(model, candidate, number) for number in numbers]
             command = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
-            results[name] |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            memories = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            results[name] |= {column: [value] for column, value in memories.items()}
     finally:
         shutil.rmtree(work)
     print(f"{state / 1e9:.2f} GB in {len(variables)} variables, {options.rounds} rounds")
-    print("\n".join(table(results, state)))
+    columns = (*SECONDS, SPEED, *MEMORY)
+    rows = {name: [shown(column, result[column], state) for column in columns] for name, result in results.items()}
+    print("\n".join(table(columns, rows)))
+    print("\nto Keras's callback / to the raw write / to .weights.h5")
+    print("\n".join(table(SECONDS, dict(ratios(rounds)))))
+    print(f"load after: {os.getloadavg()[0]:.2f}")
 
 
 if __name__ == "__main__":
