@@ -342,40 +342,29 @@ BATCHES = 7  # an epoch, of six samples each
 SIZE = 6 * BATCHES
 
 
-class Ordered(keras.utils.PyDataset):
-    """Augments by numpy's global generator, batch by batch; Keras may shuffle them."""
+class Dataset(keras.utils.PyDataset):
+    """Shuffles its index between epochs, by each of the usual ways, or augments its batches."""
 
-    def __len__(self):
-        return BATCHES
-
-    def __getitem__(self, batch):
-        rows = slice(6 * batch, 6 * batch + 6)
-        return X[rows] + np.random.normal(size=(6, 6)).astype("float32"), Y[rows]
-
-
-class Shuffled(keras.utils.PyDataset):
-    """The textbook dataset, which shuffles its index between epochs, by each of the usual ways."""
-
-    def __init__(self, how, batches=BATCHES):
-        super().__init__()
-        self.how, self.batches, self.x, self.y = how, batches, X, Y
-        self.index, self.rng = np.arange(6 * batches), np.random.default_rng(5)
+    def __init__(self, how, batches=BATCHES, size=6, **kwargs):
+        super().__init__(**kwargs)
+        self.how, self.batches, self.size, self.x, self.y = how, batches, size, X, Y
+        self.index, self.rng = np.arange(size * batches) % 64, np.random.default_rng(5)
         self.rows = [(int(i), "row") for i in self.index]
 
     def __len__(self):
         return self.batches
 
     def __getitem__(self, batch):
-        rows = self.index[6 * batch : 6 * batch + 6]
-        if self.how == "list":
-            rows = [row for row, _ in self.rows[6 * batch : 6 * batch + 6]]
-        return self.x[rows], self.y[rows]
+        part = slice(self.size * batch, self.size * (batch + 1))
+        rows = [row for row, _ in self.rows[part]] if self.how == "list" else self.index[part]
+        noise = {"noise": np.random, "own noise": self.rng}.get(self.how)
+        noise = noise.normal(size=(self.size, 6)).astype("float32") if noise else 0
+        return self.x[rows] + noise, self.y[rows]
 
     def on_epoch_end(self):
         if self.how == "anew":
-            self.index = np.arange(6 * self.batches)
-            np.random.shuffle(self.index)
-        elif self.how == "in place":
+            self.index = np.arange(self.size * self.batches)
+        if self.how in ("anew", "in place"):
             np.random.shuffle(self.index)
         elif self.how == "by a generator":
             self.rng.shuffle(self.index)
@@ -387,7 +376,7 @@ class Shuffled(keras.utils.PyDataset):
             np.random.shuffle(self.index)
 
 
-class Own(Shuffled):
+class Own(Dataset):
     """Cannot be saved but by its own methods."""
 
     def __init__(self):
@@ -401,19 +390,18 @@ class Own(Shuffled):
         self.index = state["index"]
 
 
-class Augmented(keras.utils.PyDataset):
-    """Draws from a generator of its own for each batch, and has no hooks."""
+class Plain(Dataset):
+    """Has no hooks."""
 
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(7)
+    on_epoch_end = keras.utils.PyDataset.on_epoch_end
+    on_epoch_begin = keras.utils.PyDataset.on_epoch_begin
+
+
+class Half(Dataset):
+    """Gives a part of itself: the order decides what is seen."""
 
     def __len__(self):
-        return BATCHES
-
-    def __getitem__(self, batch):
-        rows = slice(6 * batch, 6 * batch + 6)
-        return X[rows] + self.rng.normal(size=(6, 6)).astype("float32"), Y[rows]
+        return 3
 
 
 def arrays(size=SIZE, **arguments):
@@ -466,11 +454,11 @@ DATA = {  # arguments of fit
     "half a pass": arrays(48, steps_per_epoch=4),
     "passes that end inside epochs": arrays(108, steps_per_epoch=BATCHES),
     "stream": lambda: {"x": stream(), "steps_per_epoch": 5, "shuffle": False},
-    "dataset": lambda: {"x": Ordered(), "shuffle": True},
-    "augmented dataset": lambda: {"x": Augmented()},
-    "part of a dataset": lambda: {"x": Shuffled("in place", 10), "steps_per_epoch": 4},
+    "dataset": lambda: {"x": Plain("noise"), "shuffle": True},
+    "augmented dataset": lambda: {"x": Plain("own noise")},
+    "part of a dataset": lambda: {"x": Dataset("in place", 10), "steps_per_epoch": 4},
     **{
-        f"dataset shuffled {how}": lambda how=how: {"x": Shuffled(how)}
+        f"dataset shuffled {how}": lambda how=how: {"x": Dataset(how)}
         for how in ("anew", "in place", "by a generator", "list", "at the beginning")
     },
     "dataset in stateful": lambda: {"x": Own()},
@@ -505,50 +493,38 @@ def model_for(data, calls, averages):
     return compiled(keras.Model(inputs, x), optimizer, metrics=["mae"], steps_per_execution=calls)
 
 
-class Rude(keras.callbacks.Callback):
-    """Does what another callback may do to the model or the random state, in one of its hooks."""
-
-    def __init__(self, hook, action):
-        super().__init__()
-        self.hook, self.action = hook, action
-
-    def on_train_begin(self, logs=None):
-        self.act("on_train_begin")
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.act("on_epoch_begin")
-
-    def on_train_batch_begin(self, batch, logs=None):
-        self.act("on_train_batch_begin", batch == 1)
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.act("on_train_batch_end", batch == 4)
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.act("on_epoch_end")
-        if self.hook == "on_epoch_end":
-            logs["drawn"] = np.random.random()
-
-    def act(self, hook, is_here=True):
-        if hook == self.hook and is_here:
-            if self.action == "assign":
-                self.model.trainable_variables[0].assign(self.model.trainable_variables[0] * 1.01)
-            elif self.action == "decay":
-                self.model.optimizer.learning_rate = float(self.model.optimizer.learning_rate) * 0.5
-            elif self.action == "draw":
-                np.random.random(), random.random(), keras.random.normal(())
-            elif self.action == "evaluate":
-                self.model.evaluate(X[:8], Y[:8], verbose=0)
-            else:
-                self.model.predict(X[:8], verbose=0)
+ACTIONS = {  # what another callback may do to the model, the random state or the logs
+    "evaluate": lambda model, logs: model.evaluate(X[:8], Y[:8], verbose=0),
+    "predict": lambda model, logs: model.predict(X[:8], verbose=0),
+    "assign": lambda model, logs: model.trainable_variables[0].assign(model.trainable_variables[0] * 1.01),
+    "draw": lambda model, logs: (np.random.random(), random.random(), keras.random.normal(())),
+    "decay": lambda model, logs: logs.update(drawn=np.random.random(), rate=halve(model.optimizer)),
+    "fit": lambda model, logs: model.fit(X[:8], Y[:8], epochs=5, initial_epoch=4, verbose=0),
+}
+RUDE = [  # in which hook, and at which batch
+    ("on_train_begin", "evaluate", None),
+    ("on_epoch_begin", "predict", None),
+    ("on_epoch_begin", "assign", None),
+    ("on_epoch_begin", "draw", None),
+    ("on_train_batch_begin", "evaluate", 1),
+    ("on_train_batch_end", "predict", 4),
+    ("on_epoch_end", "decay", None),
+    ("on_epoch_end", "fit", None),
+]
 
 
-def fits_as_well():
-    inner = keras.callbacks.Callback()
-    inner.on_epoch_end = lambda epoch, logs=None: inner.model.fit(
-        X[:8], Y[:8], epochs=epoch + 2, initial_epoch=epoch + 1, verbose=0
-    )
-    return [inner]
+def halve(optimizer):
+    optimizer.learning_rate = float(optimizer.learning_rate) * 0.5
+    return float(optimizer.learning_rate)
+
+
+def rude(hook, action, batch):
+    def act(at=None, logs=None):
+        if batch in (None, at):
+            ACTIONS[action](each.model, logs)
+
+    each = on(**{hook: act})
+    return [each]
 
 
 def stopping_and_others():
@@ -563,33 +539,16 @@ def stopping_and_others():
     ]
 
 
-RUDE = [
-    ("on_train_begin", "evaluate"),
-    ("on_epoch_begin", "predict"),
-    ("on_epoch_begin", "assign"),
-    ("on_epoch_begin", "draw"),
-    ("on_train_batch_begin", "evaluate"),
-    ("on_train_batch_end", "predict"),
-    ("on_epoch_end", "decay"),
-]
 CALLBACKS = {
     "none": list,
-    **{f"{hook} {action}": lambda hook=hook, action=action: [Rude(hook, action)] for hook, action in RUDE},
+    **{f"{each[0]} {each[1]}": lambda each=each: rude(*each) for each in RUDE},
     "halving": lambda: [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
-    "fit": fits_as_well,
     "averages": lambda: [keras.callbacks.SwapEMAWeights()],
     "averages between epochs": lambda: [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
     "stopping and others": stopping_and_others,
     "capture": lambda: [Capture()],
 }
 FREQS = {"time": datetime.timedelta(microseconds=1)}
-
-
-class Half(Shuffled):
-    """Validation data that shuffles itself: the order decides what is seen."""
-
-    def __len__(self):
-        return 3
 
 
 class Left(Exception):
@@ -773,20 +732,6 @@ def test_model_compiled_anew_between_two_fits_keeps_its_optimizer_when_the_scrip
         assert_equal(script(None, tmp_path / str(number)), reference)
 
 
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin"])
-@pytest.mark.parametrize("position", [0, 1])
-def test_start_epoch_never_leaks_into_a_later_fit(position, hook, trained, tmp_path):
-    model = dense_model()
-    checkpoint = callback(model, copy_of(trained, tmp_path))
-    callbacks = [checkpoint]
-    callbacks.insert(position, on(**{hook: fail}))
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fit(model, 5, *callbacks)
-    assert fit(model, 2).epoch == [0, 1]
-    fit(model, 5, checkpoint)
-    assert fit(model, 2).epoch == [0, 1]
-
-
 def test_run_that_a_callback_stopped_is_complete(tmp_path, capsys):
     def stop(epoch, logs=None):
         for each in (model, again):
@@ -847,15 +792,6 @@ def test_lists_of_callbacks_and_histories_made_by_the_user_are_served(kind, tmp_
     assert fit(model, 2, callback(model, tmp_path)).epoch in ([], [0, 1])
 
 
-def test_evaluate_and_predict_with_the_callback_do_nothing(tmp_path):
-    model = dense_model()
-    before, checkpoint = values(model), callback(model, tmp_path)
-    model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
-    model.predict(X, verbose=0, callbacks=[checkpoint])
-    assert_equal(values(model), before)
-    assert names(tmp_path) == []
-
-
 # ------------------------------------------------------------------------------------------------ P2: bit for bit
 
 EPOCHS = [(0, "train", 2), (1, "train", 2, "exception"), (1, "validation", 1), (1, "ends", 0), (2, "train", 0)]
@@ -881,14 +817,13 @@ def scenarios():
         for position in (0, 1):
             yield BEGINS, {"freq": freq, "position": position, "callbacks": "halving"}
             yield BEGINS, {"freq": freq, "position": position, "data": "dataset shuffled at the beginning"}
-    for hook, action in RUDE:
+    for hook, action, _ in RUDE:
         for position, places in ((0, EPOCHS[:3]), (2, EPOCHS[3:])):
             yield places, {"callbacks": f"{hook} {action}", "position": position}
     for callbacks in ("averages", "averages between epochs"):
         for stateful in (False, True):
             yield SIGNALS, {"callbacks": callbacks, "stateful": stateful}
             yield ODD, {"callbacks": callbacks, "stateful": stateful, "freq": 2, "position": 2}
-    yield SIGNALS[:1], {"callbacks": "fit"}
     yield [ODD[0], EPOCHS[1], ODD[1]], {"is_held_out_shuffled": True}
 
 
@@ -932,8 +867,7 @@ class Subclassed(keras.Model):
 
 def functional():
     inputs = keras.Input((6,))
-    x = layers.Dense(4)(inputs)
-    x = layers.Add()([x, layers.Dense(4)(inputs)])
+    x = layers.Add()([layers.Dense(4)(inputs), layers.Dense(4)(inputs)])
     return compiled(keras.Model(inputs, layers.Dense(1)(x)), metrics=["mae"])
 
 
@@ -948,17 +882,14 @@ def noisy():
     return stacked(*stack, layers.AlphaDropout(0.1), layers.Dense(1))
 
 
-def recurrent():
-    stack = [
-        layers.Bidirectional(layers.LSTM(3, dropout=0.1, recurrent_dropout=0.1, return_sequences=True)),
-        layers.RNN([layers.GRUCell(3, dropout=0.1), layers.LSTMCell(2)]),
-    ]
-    return compiled(keras.Sequential([keras.Input((4, 3)), *stack, layers.Dense(1)]))
+def recurrent(*stack, **shape):
+    return compiled(keras.Sequential([keras.Input(**shape), *stack, layers.Dense(1)]))
 
 
-def stateful_recurrent():
-    stack = [layers.LSTM(3, stateful=True), layers.Dense(1)]
-    return compiled(keras.Sequential([keras.Input(batch_shape=(16, 4, 3)), *stack]))
+def two_recurrent():
+    first = layers.LSTM(3, dropout=0.1, recurrent_dropout=0.1, return_sequences=True)
+    second = layers.RNN([layers.GRUCell(3, dropout=0.1), layers.LSTMCell(2)])
+    return recurrent(layers.Bidirectional(first), second, shape=(4, 3))
 
 
 def lora(quantize=None):
@@ -985,8 +916,8 @@ MODELS = {
     "subclassed": lambda: compiled(Subclassed()),
     "nested": nested,
     "noise and batch normalization": noisy,
-    "recurrent": recurrent,
-    "stateful recurrent": stateful_recurrent,
+    "recurrent": two_recurrent,
+    "stateful recurrent": lambda: recurrent(layers.LSTM(3, stateful=True), batch_shape=(16, 4, 3)),
     "lora": lora,
     "int8": lambda: lora("int8"),
     "int4": lambda: lora("int4"),
@@ -1075,7 +1006,7 @@ def test_logs_of_every_kind_are_survived_and_come_back_in_the_history(tmp_path):
 
 
 def test_script_may_give_a_dataset_other_numbers_and_texts(tmp_path):
-    class Files(Shuffled):
+    class Files(Dataset):
         folder, count = "a", 1
 
         def on_epoch_end(self):
@@ -1155,22 +1086,17 @@ def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path):
 
 
 def test_datasets_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
-    class Opaque(Shuffled):
+    class Opaque(Dataset):
         def __init__(self, how="anew"):
             super().__init__(how)
             self.tokens = object()
 
-    class Rows(Shuffled):
+    class Rows(Dataset):
         def on_epoch_end(self):
             self.x = self.x[::-1]
 
-    class Untouched(Opaque):
-        on_epoch_end = keras.utils.PyDataset.on_epoch_end
-        on_epoch_begin = keras.utils.PyDataset.on_epoch_begin
-
-    class Threads(Ordered):
-        def __init__(self):
-            super().__init__(workers=2)
+    class Untouched(Opaque, Plain):
+        on_epoch_end, on_epoch_begin = Plain.on_epoch_end, Plain.on_epoch_begin
 
     def run(data, **options):
         model = dense_model()
@@ -1180,7 +1106,7 @@ def test_datasets_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
     for data, message in (
         (Opaque(), "Opaque overrides on_epoch_begin and on_epoch_end, which may change .* cannot be saved: tokens"),
         (Rows("anew"), "Rows overrides .*on_epoch_end, which has changed attributes .*like data and are not saved: x"),
-        (Threads(), "Threads has workers=2"),
+        (Plain("noise", workers=2), "Plain has workers=2"),
     ):
         with pytest.warns(UserWarning, match=message):
             run(data)
@@ -1997,30 +1923,42 @@ def assert_nothing_left(model, before):
     assert model._initial_epoch is None
 
 
-def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(tmp_path):
+@pytest.mark.parametrize("is_last", [False, True])
+def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(is_last, trained, tmp_path):
     def compile_anew(epoch, logs=None):
-        if epoch == 1:
+        if epoch == 4:
             model.compile("sgd", "mse")  # after which fit has no train function
 
+    def interrupt(epoch, logs=None):
+        if epoch == 4:
+            raise KeyboardInterrupt
+
+    def mine(number, frame):
+        raise AssertionError("not called")
+
     cases = {  # the other callback, and the steps on disk afterwards
-        "nothing to do": (None, []),
-        "on_train_begin": (on(on_train_begin=fail), []),
-        "on_epoch_begin": (on(on_epoch_begin=lambda epoch, logs: epoch and fail()), [0]),
-        "on_epoch_end": (on(on_epoch_end=fail), []),
-        "on_train_end": (on(on_train_end=fail), [0, 1]),
-        "compiled anew": (on(on_epoch_begin=compile_anew), [0]),
+        "nothing to do": (None, [0, 1, 2]),
+        "on_train_begin": (on(on_train_begin=fail), [0, 1, 2]),
+        "on_epoch_begin": (on(on_epoch_begin=interrupt), [0, 1, 2, 3]),
+        "on_epoch_end": (on(on_epoch_end=fail), [0, 1, 2]),
+        "on_train_end": (on(on_train_end=fail), [0, 1, 2, 3, 4]),
+        "compiled anew": (on(on_epoch_begin=compile_anew), [0, 1, 2, 3]),
     }
-    before = handlers()
     for name, (other, steps) in cases.items():
-        model = dense_model()
+        model, directory = dense_model(), shutil.copytree(trained[1], tmp_path / name)
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)
-        checkpoint = callback(model, tmp_path / name, preemption_signals=signals)
-        with pytest.raises((RuntimeError, TypeError)) if other else contextlib.nullcontext():
-            fit(model, 2 if other else 0, checkpoint, *([other] if other else []))
-        assert_nothing_left(model, before)
-        assert names(tmp_path / name) == [str(step) for step in steps]
+        checkpoint = callback(model, directory, preemption_signals=signals)
+        callbacks = [checkpoint, other] if is_last else [other, checkpoint]
+        with handling(signal.SIGTERM, mine):
+            before = handlers()
+            with pytest.raises((RuntimeError, TypeError, KeyboardInterrupt)) if other else contextlib.nullcontext():
+                fit(model, 5 if other else 0, *filter(None, callbacks))
+            assert_nothing_left(model, before)
+        assert names(directory) == [str(step) for step in steps]
         model.compile("adam", "mse")
         assert fit(model, 1).epoch == [0]
+        fit(model, 6, checkpoint)
+        assert fit(model, 2).epoch == [0, 1]
 
 
 def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path):
@@ -2098,7 +2036,7 @@ def test_variables_without_elements_are_kept_apart_from_orbax(tmp_path):
     assert_equal(values(model), values(saved))
 
 
-def test_weights_only_leaves_the_optimizer_alone(trained):
+def test_weights_only_leaves_the_optimizer_alone_and_helps_where_it_is_another(trained):
     reference, directory = trained
     model, weights = dense_model(), values(reference, optimizer=False)
     before = [np.array(variable.value) for variable in model.optimizer.variables]
@@ -2106,17 +2044,12 @@ def test_weights_only_leaves_the_optimizer_alone(trained):
     assert_equal(values(model, optimizer=False), weights)
     assert_equal([np.array(variable.value) for variable in model.optimizer.variables], before)
     inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
-    restore(inference, directory, weights_only=True)  # never compiled
-    assert_equal(values(inference, optimizer=False), weights)
-
-
-def test_other_optimizer_is_called_that_and_the_weights_can_be_kept(trained):
-    reference, directory = trained
-    model = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
+    other = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
     with pytest.raises(CheckpointMismatchError, match=r"(?s)same weights, but another optimizer.*weights_only=True"):
-        fit(model, 4, callback(model, directory))
-    restore(model, directory, weights_only=True)
-    assert_equal(values(model, optimizer=False), values(reference, optimizer=False))
+        fit(other, 4, callback(other, directory))
+    for model in (inference, other):  # the first was never compiled
+        restore(model, directory, weights_only=True)
+        assert_equal(values(model, optimizer=False), weights)
 
 
 def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_it_needs(tmp_path):
@@ -2391,25 +2324,12 @@ def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_p
     with pytest.raises(KeyboardInterrupt):
         fit(model, 3, checkpoint, At((1, "train", 2), lambda: os.kill(os.getpid(), signal.SIGINT)))
     assert manager.latest_step() == 4 + 3
-    with handling(signal.SIGUSR1, lambda number, frame: called.append(manager.all_steps())):
-        with pytest.raises(SystemExit) as raised:
-            fit(model, 3, checkpoint, At((2, "train", 0), lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+    note = handling(signal.SIGUSR1, lambda number, frame: called.append(manager.all_steps()))
+    with note, pytest.raises(SystemExit) as raised:
+        fit(model, 3, checkpoint, At((2, "train", 0), lambda: os.kill(os.getpid(), signal.SIGUSR1)))
     assert raised.value.code == 128 + signal.SIGUSR1
     assert called == [[7, 9]]  # it was saved by then
     assert all(np.isfinite(value).all() for value in values(model))  # and fit has given the variables back
-
-
-def test_handlers_are_put_back_however_fit_ends(tmp_path):
-    def mine(number, frame):
-        raise AssertionError("not called")
-
-    model = dense_model()
-    with handling(signal.SIGTERM, mine):
-        fit(model, 1, callback(model, tmp_path))
-        assert signal.getsignal(signal.SIGTERM) is mine
-        with pytest.raises(KeyboardInterrupt):
-            fit(model, 3, callback(model, tmp_path), At((1, "begins", 0), lambda: signal.raise_signal(signal.SIGINT)))
-        assert signal.getsignal(signal.SIGTERM) is mine
 
 
 def test_signal_that_comes_with_an_error_is_delivered(tmp_path):
@@ -2418,9 +2338,9 @@ def test_signal_that_comes_with_an_error_is_delivered(tmp_path):
         fail()
 
     model, called = dense_model(), []
-    with handling(signal.SIGTERM, lambda number, frame: called.append(number)):
-        with pytest.raises(RuntimeError, match="on purpose"):
-            fit(model, 1, callback(model, tmp_path), on(on_train_batch_end=both))
+    note = handling(signal.SIGTERM, lambda number, frame: called.append(number))
+    with note, pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, 1, callback(model, tmp_path), on(on_train_batch_end=both))
     assert called == [signal.SIGTERM]
 
 
@@ -2761,9 +2681,13 @@ def test_fit_takes_one_callback_of_ours(tmp_path):
     assert handlers() == there and names(tmp_path / "b") == []
 
 
-def test_callback_says_where_it_works(tmp_path):
+def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(tmp_path):
     model = dense_model()
-    checkpoint = callback(model, tmp_path)
+    before, checkpoint = values(model), callback(model, tmp_path)
+    model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
+    model.predict(X, verbose=0, callbacks=[checkpoint])
+    assert_equal(values(model), before)
+    assert names(tmp_path) == []
     checkpoint.set_model(model)
     with pytest.raises(RuntimeError, match=r"works inside the fit\(\).*Keras 3.10 to 3.15"):
         checkpoint.on_train_begin()
@@ -3704,17 +3628,6 @@ def gathered(model):
     return {path: np.asarray(value) for path, value in named.items()}
 
 
-class Noisy(keras.utils.PyDataset):
-    """Augments by numpy's global generator."""
-
-    def __len__(self):
-        return TOGETHER
-
-    def __getitem__(self, index):
-        rows = slice(index * 8 % 64, index * 8 % 64 + 8)
-        return X[rows] + np.random.normal(size=(8, 6)).astype("float32"), Y[rows]
-
-
 def trains(work, layout, *, place=None, checkpoint=True, pause=0, freq="epoch", max_to_keep=2):
     """A run on all processes, the last of which leaves at a place."""
     model, process = distributed_model(layout), jax.process_index()
@@ -3742,12 +3655,13 @@ def trains(work, layout, *, place=None, checkpoint=True, pause=0, freq="epoch", 
             os.kill(os.getpid(), signal.SIGKILL)
         terminate()
 
-    others = [on(on_epoch_begin=begin, on_train_batch_begin=pass_time)]
+    wait = on(on_epoch_begin=begin, on_train_batch_begin=pass_time)
+    wait.on_test_batch_begin = lambda batch, logs: time.sleep(pause)
     at = At(place and place[:3] if process == jax.process_count() - 1 else None, end)
     validation = {"validation_data": (np.tile(X, (3, 1)), np.tile(Y, (3, 1))), "validation_batch_size": 8}
-    callbacks = [at, *others, *([ours] if ours else [])]
+    options = {"callbacks": [at, wait, *([ours] if ours else [])], "epochs": 3, "verbose": 0, "shuffle": False}
     try:
-        history = model.fit(Noisy(), shuffle=False, epochs=3, verbose=0, callbacks=callbacks, **validation)
+        history = model.fit(Plain("noise", TOGETHER, 8), **options, **validation)
     except SystemExit:
         newest = max(ours.checkpoint_manager.all_steps())
         print("left after batch", record_of(pathlib.Path(work, "ckpt", str(newest)))["position"]["batches"])
@@ -3764,7 +3678,7 @@ def falls_back(work, directories):
     model, results = distributed_model("model"), []
     for directory in directories[:-1]:
         ours = callback(model, directory, stateful=[Keeper(np.full(3, 0))])
-        epochs = model.fit(Noisy(), shuffle=False, epochs=2, verbose=0, callbacks=[ours]).epoch
+        epochs = model.fit(Plain("noise", TOGETHER, 8), shuffle=False, epochs=2, verbose=0, callbacks=[ours]).epoch
         results.append(epochs[-1])
     before = gathered(model)
     try:
