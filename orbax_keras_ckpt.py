@@ -419,10 +419,10 @@ def _locals(frame: types.FrameType) -> dict[str, Any]:
 def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     """The `fit` that is calling the `on_train_begin` of a callback."""
     # Callbacks are told neither of the other callbacks nor of the data. The frames are let go at once.
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None and not isinstance(_locals(frame).get("self"), keras.callbacks.CallbackList):
         frame = frame.f_back
-    callbacks = frame and _locals(frame)["self"]
+    callbacks: Any = frame and _locals(frame)["self"]
     names = _locals(frame.f_back) if frame else {}
     iterator = names.get("epoch_iterator")
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
@@ -459,7 +459,7 @@ def _unwatch_fit(model: keras.Model) -> None:
 
 def _last_logs(fit: _Fit) -> Any:
     """What the last train step of a running `fit` has returned."""
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
     return names.get("logs")  # none before the first step
@@ -969,7 +969,7 @@ def _are_replaced(references: list[weakref.ref], groups: Iterable[Iterable[keras
 
 def _learning_rate(model: keras.Model) -> float | None:
     """The learning rate, where it is a number and not a schedule."""
-    rate = getattr(model.optimizer, "learning_rate", None)
+    rate: Any = getattr(model.optimizer, "learning_rate", None)
     return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
 
 
@@ -1052,7 +1052,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 # -------------------------------------------------------------------------------------- stateful objects
 
 # Functions, classes and the like are the script's own: it sets them anew.
-_CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
+_CODE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 _CODE += (np.ufunc, functools.partial, keras.optimizers.schedules.LearningRateSchedule)
 _PLAIN = (bool, int, float, str, type(None), np.generic)
 _ORDER_BYTES = 2**26
@@ -1098,7 +1098,7 @@ class _Stateful:
         self.name, self.member = type(member).__name__, member
         self.label = f"{label} ({self.name})"
         bases = (keras.callbacks.Callback, keras.utils.PyDataset, None)
-        self._base = next(base for base in bases if base is None or isinstance(member, base))
+        self._base: Any = next(base for base in bases if base is None or isinstance(member, base))
         if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
             raise TypeError(
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
@@ -1110,7 +1110,8 @@ class _Stateful:
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
-        self.get, self._put = methods or (self._changed, self._set_changed)
+        own: tuple[Callable, Callable] = self._changed, self._set_changed
+        self.get, self._put = methods or own
         self._initial: dict[str, Any] = {}
         if methods is None:
             kinds = object if self._base is keras.callbacks.Callback else _PLAIN
@@ -1198,8 +1199,8 @@ class _Resumable:
             )
         self._data, (self._get, self._put) = data, methods
         self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
-        self._iterator: Iterator | None = None
-        self._states = collections.deque()
+        self._iterator: Any = None
+        self._states: collections.deque[Any] = collections.deque()
         self._number = 0  # of the batch that the first state is from before
         self.drawn, self._drawn_earlier = 0, 0  # in this fit, and in those before
         self.stale = 0  # how many of these Keras still holds from before the data was rewound
@@ -1723,7 +1724,7 @@ def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]
 
 
 class _Restored(NamedTuple):
-    step: int
+    step: int | None
     record: _Record | None  # None where others wrote the checkpoint
     own: Any  # what this process has saved for itself
 
@@ -2605,7 +2606,7 @@ class _Preemption:
     """The signals that ask a `fit` to save and stop, until `undo` puts the earlier handlers back."""
 
     def __init__(self, signals: Sequence[signal.Signals], undo: contextlib.ExitStack):
-        self.received: int | None = None
+        self.received: Any = None  # the number of one
         self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
         self._earlier: dict[int, Any] = {}
         if _jax_owns_sigterm():
@@ -2710,14 +2711,15 @@ class _Run(keras.callbacks.Callback):
         self._model, self.manager = callback._fitted_model, callback.checkpoint_manager  # Keras's `model` would sync
         kind = keras.utils.PyDataset
         datasets = [_Dataset(data) if isinstance(data, kind) else None for data in (fit.data, fit.held_out)]
-        self.dataset, self.members = datasets[0], [*callback._stateful, *datasets]
+        self.dataset: Any = datasets[0]
+        self.members: list[Any] = [*callback._stateful, *datasets]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
         self.epoch = self.before = 0  # the present one, and the batches of the run before it
         self.before_batch: tuple = ()  # references to the values of the variables, and the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
-        self.preemption: _Preemption | None = None
+        self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
 
     # Starting.
@@ -2734,7 +2736,7 @@ class _Run(keras.callbacks.Callback):
         self._check()
         rate, resumable = _learning_rate(self._model), self.callback._resumable
         found = self.manager._restore(None, self._plan, donate=True)
-        self.reader = _Reader(iter(()), self._origin, self.start.batches)
+        self.reader = _Reader(iter(()), self._origin, self.start.batches or 0)
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
@@ -2809,7 +2811,7 @@ class _Run(keras.callbacks.Callback):
             yield f"it was saved with stateful={saved}, but now stateful={given} was passed"
         if self._is_over(record):
             return
-        following = self._step(start.epoch, start.batches + 1)
+        following = self._step(start.epoch, (start.batches or 0) + 1)
         if following < step + (not record or not record.unfinished):
             yield (
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
@@ -2817,7 +2819,7 @@ class _Run(keras.callbacks.Callback):
             )
         if start.epoch == 0 and self.fit.initial_epoch:  # which Keras would prefer to 0
             yield f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed"
-        if saved is None:
+        if record is None or saved is None:
             if iterator.steps_per_epoch is not None:
                 problem = "this callback did not save it, so the position in the data is unknown"
                 _warn(f"Step {step}: {problem}. The data starts from its beginning.")
@@ -2882,6 +2884,7 @@ class _Run(keras.callbacks.Callback):
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
         """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
+        place: list[int] = []
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
             if iterator is not self.reader.iterator:
                 self._open(iterator)
@@ -2938,7 +2941,7 @@ class _Run(keras.callbacks.Callback):
         """Reports where the last batch skipped is not the one that was trained on."""
         step, record, own = self.restored
         saved, found = own["last"], _fingerprint(self.reader.last)
-        if found == saved or not saved["shapes"] or record.processes != jax.process_count():
+        if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
             return
         if found["shapes"] != saved["shapes"]:
             raise CheckpointMismatchError(
@@ -3017,8 +3020,8 @@ class _Run(keras.callbacks.Callback):
         with self.undo:
             try:
                 self.manager.wait_until_finished()
-            except Exception as failure:
-                self.manager._failure = failure
+            except Exception as caught:
+                self.manager._failure = caught
         if callback._resumable is not None:
             callback._resumable.end()
         if is_complete:
@@ -3226,7 +3229,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         Example:
 
         >>> batches = checkpoint.resumable(iterator)
-        >>> model.fit(batches, steps_per_epoch=100, epochs=10, callbacks=[checkpoint])
+        >>> model.fit(batches, steps_per_epoch=100, epochs=10, shuffle=False, callbacks=[checkpoint])
 
         Args:
             data: An iterator with `get_state` and `set_state` (Grain) or `state_dict` and `load_state_dict`,
@@ -3256,10 +3259,11 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 "fit takes one OrbaxCheckpointCallback, and was given several, or one twice. Nothing was trained. For "
                 "a second directory, use keras.callbacks.ModelCheckpoint, or save_state() of a manager in a callback."
             )
-        if self._model is not self._fitted_model:
+        model: Any = self._model
+        if model is not self._fitted_model:
             raise ValueError(
                 f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
-                f"{self._model.name!r}. Make the callback with the model that you fit."
+                f"{model.name!r}. Make the callback with the model that you fit."
             )
         # `fit` is iterating over this list, and gets to its new end. The user's own may hold the run of a fit before.
         callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [_Run(self, fit)]
@@ -3303,9 +3307,9 @@ def _look(directory: str, verify: bool) -> bool:
             mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
             problems.append(str(error))
         rows[step] = [str(step), *row, mark]
-    for step, mark in (_best(records), "best"), (max(steps), "newest"):
-        if step in rows:
-            rows[step][-1] = ", ".join(filter(None, [rows[step][-1], mark]))
+    for marked, mark in (_best(records), "best"), (max(steps), "newest"):
+        if marked in rows:
+            rows[marked][-1] = ", ".join(filter(None, [rows[marked][-1], mark]))
     table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""], *rows.values()]
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
