@@ -3419,7 +3419,7 @@ def recipe(words, tmp_path, change=("", "")):
     """Runs the example and then the recipe whose comment has these words, in `tmp_path`; the names that both leave."""
     (text,) = [each for each in RECIPES if words in each.splitlines()[0]]
     names = {}
-    for part in (EXAMPLE.replace("verbose=2", "verbose=0"), IMPORTS, text.replace(*change)):
+    for part in (EXAMPLE, IMPORTS, text.replace(*change)):
         exec(part.replace("/tmp/", f"{tmp_path}/"), names)
     return names
 
