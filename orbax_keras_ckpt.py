@@ -42,6 +42,7 @@ Not promised:
 - Random states and `stateful` of each process, where a run goes on with another number of processes: all take those
   of process 0.
 - Detection of damage in checkpoints that others wrote, which have no checksums.
+- Validation that changes non-trainable variables of more than 1 MiB, where a signal interrupts it.
 - On Python 3.12 and later, a `save_state()` by hand that nobody waits for before the script ends: no thread can be
   started then. It says so; call `close()` or `wait_until_finished()`.
 
