@@ -12,48 +12,49 @@
 
     checkpoint = OrbaxCheckpointCallback(model, "/tmp/ckpt", max_to_keep=3)
     model.fit(x, y, epochs=100, callbacks=[checkpoint])
-    # Killed? Run the same script again. It goes on where it stopped, bit for bit.
+    # Killed? Run the same script again. It resumes where it stopped, bit for bit.
 
-    model = load_model("/tmp/ckpt")              # without the code that has made it
+    model = load_model("/tmp/ckpt")              # without the code that built it
     $ python orbax_keras_ckpt.py /tmp/ckpt       # lists the checkpoints; --verify checks them
 
 Promised:
 
 - P1: The same script again continues with the batch after the newest checkpoint and ends at the same `epochs`.
-- P2: Weights, optimizer, metrics, random draws and the `History` equal those of a run never interrupted, bit for bit.
-- P3: From the first commit on there is always a restorable checkpoint, whenever the process is killed.
-- P4: `stateful` callbacks and data iterators come back as they were.
-- P5: A save that was asked for is committed, or raises, at the next save or when `fit` ends. Steps only go up.
-- P6: A checkpoint is compared with the model before anything is read: one error lists all differences.
-- P7: A flipped bit is always found, by checksums. The newest intact checkpoint is used, the damaged one set aside.
-- P8: On SIGTERM the state is saved within a batch and the process exits with code 143.
-- P9: Several processes save, restore, fall back and stop at the same step. Any number of processes and devices and any
-  layout may continue.
-- P10: Bad arguments, another backend, a model or directory that cannot be saved are refused before training starts.
-- P11: Names that Keras numbers by itself (`dense_3`) may differ: variables are matched by path.
+- P2: Weights, optimizer, metrics, random draws and `History` equal those of an uninterrupted run, bit for bit.
+- P3: Once the first save is committed, there is always a restorable checkpoint, whenever the process is killed.
+- P4: `stateful` callbacks and data iterators are restored as they were.
+- P5: Every requested save is committed; if it fails, the next save or the end of `fit` raises. Steps only go up.
+- P6: A checkpoint is compared with the model before any array is read: one error lists all differences.
+- P7: Checksums catch every flipped bit. The newest intact checkpoint is used, and damaged ones are set aside.
+- P8: On SIGTERM the state is saved within a batch, and the process exits with code 143.
+- P9: Several processes save, restore, fall back and stop at the same step. A run can continue on any number of
+  processes and devices, with any layout.
+- P10: Bad arguments, another backend, and a model or directory that cannot be saved are refused before training starts.
+- P11: Numbers in automatic names (`dense_3`) may differ: variables are matched by path.
 - P12: Checkpoints of the guide's version and of `keras.callbacks.OrbaxCheckpoint` are restored. `load_model` rebuilds a
   model from the directory alone.
 
 Not promised:
 
 - State of optimizers other than `model.optimizer`, and of validation data that is a generator.
-- Generators that run dry, or that two fits share: Keras goes on with batches that it has read ahead.
+- Generators that run out, or that are shared by two fits: Keras keeps the batches it has read ahead.
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
-- Random states and `stateful` of each process, where a run goes on with another number of processes: all take those
-  of process 0.
-- Detection of damage in checkpoints that others wrote, which have no checksums.
-- Validation that changes non-trainable variables of more than 1 MiB, where a signal interrupts it.
-- On Python 3.12 and later, a `save_state()` by hand that nobody waits for before the script ends: no thread can be
-  started then. It says so; call `close()` or `wait_until_finished()`.
+- Each process's random states and `stateful` objects, when a run continues on another number of processes: all take
+  those of process 0.
+- Detection of damage in checkpoints written by other tools, which have no checksums.
+- Validation that changes non-trainable variables larger than 1 MiB, if a signal interrupts it.
+- On Python 3.12 and later, a manual `save_state()` that is still running when the script ends: Python can start no
+  thread then, and the save fails with a message. Call `close()` or `wait_until_finished()` first.
 
-On disk, for the newest step 2, readable with plain Orbax:
+On disk, where step 2 is the newest, readable with plain Orbax:
 
     /tmp/ckpt/2/_CHECKPOINT_METADATA      Orbax's, with our record under custom_metadata
     /tmp/ckpt/2/default/                  the arrays: Orbax PyTree, OCDBT + zarr
     /tmp/ckpt/1.damaged/                  was found damaged; delete it when you like
 
-One further folder, `run`, holds what is no variable and not small: arrays of `stateful` objects, vocabularies, and
-with several processes the states of each. A snapshot that is being replaced is `<step>.replaced` until then.
+A step may have one more folder, `run`, for large state other than variables: arrays of `stateful` objects,
+vocabularies, and, with several processes, the state of each. A snapshot inside an epoch is renamed to
+`<step>.replaced` while the checkpoint that replaces it is written.
 
 Tested with Keras 3.10 to 3.15, JAX 0.7 to 0.12, Orbax 0.11.20 to 0.12.8, Python 3.11 to 3.13.
 """
@@ -122,15 +123,15 @@ __version__ = "1.0.0.dev"
 
 
 class CheckpointError(Exception):
-    """Base class of the errors that concern a checkpoint."""
+    """Base class of all checkpoint errors."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """The model is not the one that was saved."""
+    """The model, the data or the settings do not match the checkpoint."""
 
 
 class CheckpointCorruptError(CheckpointError, OSError):
-    """What is on disk is damaged."""
+    """A checkpoint is damaged on disk."""
 
 
 # ---------------------------------------------------------------------------------------------- record
@@ -2105,7 +2106,7 @@ def _finish_before_exit() -> None:
 class KerasOrbaxCheckpointManager(_Hooked):
     """Saves and restores the state of a Keras model with Orbax.
 
-    All of `orbax.checkpoint.CheckpointManager` is there too: `all_steps`, `latest_step`,
+    Subclass of `orbax.checkpoint.CheckpointManager`, with its methods: `all_steps`, `latest_step`,
     `wait_until_finished`, `close` and so on.
 
     Example:
@@ -2119,22 +2120,24 @@ class KerasOrbaxCheckpointManager(_Hooked):
     Args:
         model: The `keras.Model`, on the JAX backend.
         checkpoint_dir: Directory of the checkpoints, `str` or path-like; relative paths and `~` work, and
-            `gs://bucket/path`. Made if it is not there. Several processes have to share it.
+            `gs://bucket/path`. Created if missing. All processes must share it.
         max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
-        monitor: Name of a metric. Then the `max_to_keep` checkpoints that are best by it are kept, and
-            always the newest too. Defaults to None.
-        mode: `"min"` or `"max"` of `monitor` is best; `"auto"` asks the model's metrics. Defaults to `"auto"`.
-        compression: Whether to compress with zstd: 8 % smaller float weights for about twice the time.
-            Defaults to False.
+        monitor: Name of a metric given to `save_state`. Keeps the `max_to_keep` best checkpoints by this
+            metric, and always the newest. Defaults to None.
+        mode: Whether lower (`"min"`) or higher (`"max"`) is better; `"auto"` takes it from the model's metrics.
+            Defaults to `"auto"`.
+        compression: Whether to compress with zstd: float weights take about 8 % less space, and saving about
+            twice the time. Defaults to False.
         **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
-            `preservation_policy`, `max_to_keep` is not used.
+            `preservation_policy`, `max_to_keep` is ignored.
 
     Raises:
-        ValueError: An argument is bad, or Keras's backend is not JAX.
-        TypeError: A keyword is neither ours nor Orbax's.
-        OSError: The directory cannot be written to.
+        ValueError: An argument is invalid, or Keras's backend is not JAX.
+        TypeError: A keyword is neither an argument of this class nor an Orbax option.
+        OSError: The directory cannot be reached or written to.
+        RuntimeError: A private attribute that this file uses is missing in this version of Keras, Orbax or JAX.
     """
 
     def __init__(
@@ -2225,17 +2228,17 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
 
     def latest_step(self) -> int | None:
-        """The newest step on disk, or of a save that is on its way; None where there is none."""
+        """The newest step, on disk or still being saved; None if there is none."""
         return max([*self._committed(), *([self._saving[0]] if self._saving else [])], default=None)
 
     def best_step(self) -> int | None:
-        """The best step by `monitor`, or by the metric and direction that the newest checkpoint names; else None."""
+        """The best step by `monitor`, or else by what the newest checkpoint monitored; None if there is none."""
         if self._monitor is None and self._track_best:
             return super().best_step()
         return _best(_records(_steps(self.directory, self._prefix)), self._monitored())
 
     def metrics(self, step: int) -> dict[str, float] | None:
-        """The metrics that were saved with a step; None where another tool wrote it."""
+        """The metrics saved with a step; None if another tool wrote it."""
         path = _steps(self.directory, self._prefix).get(step)
         if path is None:
             raise FileNotFoundError(f"There is no checkpoint of step {step} in {self.directory}.")
@@ -2288,19 +2291,20 @@ class KerasOrbaxCheckpointManager(_Hooked):
             )
 
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
-        """Starts to save the model: epoch `epoch` (counted from 0) is complete.
+        """Starts to save the model in the background, after a completed epoch.
 
         Args:
-            epoch: The epoch; the step is `epoch * steps_per_epoch`.
-            metrics: The epoch's logs, kept with the checkpoint; with `monitor` they decide what is kept.
+            epoch: The completed epoch, counted from 0; the step is `epoch * steps_per_epoch`.
+            metrics: The epoch's logs, saved with the checkpoint; with `monitor`, they decide which
+                checkpoints are kept. Defaults to None.
 
         Returns:
-            True when a save was started, False when Orbax's options (such as `save_interval_steps`)
-            say that this step is not to be saved.
+            True if a save was started, False if Orbax's options (such as `save_interval_steps`) skip this step.
 
         Raises:
             ValueError: The step is not above the newest one, or the model is not compiled or not built.
-            CheckpointError: This save, or the one before in the background, has failed. It says which.
+            CheckpointError: This save, or the previous one in the background, has failed; the message says
+                which.
         """
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
@@ -2422,28 +2426,30 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def restore_state(
         self, step: int | str | None = None, *, weights_only: bool = False, strict: bool = True, donate: bool = False
     ) -> int | None:
-        """Gives the model the state of a checkpoint, whose checksums are verified.
+        """Restores the model from a checkpoint and verifies the checksums.
 
         Args:
-            step: The step; `"best"` for the one that `best_step()` names; None for the newest that is intact: damaged
-                ones are reported by a warning and renamed to `<step>.damaged`. Defaults to None.
-            weights_only: Whether to leave the optimizer alone. The model need not be compiled then.
-                Defaults to False.
-            strict: Whether model and checkpoint have to be the same. If False, what agrees by path and
-                shape is restored, cast to the model's dtype, and a warning lists the rest.
+            step: The step to restore; `"best"` for `best_step()`; None for the newest intact one, where damaged ones
+                cause a warning and are renamed to `<step>.damaged`. Defaults to None.
+            weights_only: Whether to restore only the weights and not the optimizer. The model need not be
+                compiled then. Defaults to False.
+            strict: Whether model and checkpoint must match exactly. If False, variables that match by path
+                and shape are restored, cast to the model's dtype, and a warning lists the rest.
                 Defaults to True.
-            donate: Whether to free the model's own arrays before reading, which saves memory. If reading
-                then fails, the model is unusable. Defaults to False.
+            donate: Whether to free the model's arrays before reading, to save memory. If reading then fails,
+                the model is unusable. Defaults to False.
 
         Returns:
             The step, or None if the directory holds no checkpoint.
 
         Raises:
-            CheckpointMismatchError: The model is not the one that was saved. It has not been changed.
-            CheckpointCorruptError: `step` is damaged, or without it, all steps are.
-            CheckpointError: No checkpoint is known as the best one.
+            ValueError: The model is not built, or not compiled and `weights_only` is False.
+            CheckpointMismatchError: The model differs from the checkpoint. Nothing was changed.
+            CheckpointCorruptError: `step` is damaged, or, if it was not given, every step is.
+            CheckpointError: `step` is `"best"`, but no checkpoint is known to be the best; an earlier save has
+                failed; or a newer version of this file wrote the checkpoint.
             FileNotFoundError: There is no checkpoint of that step.
-            OSError: The directory cannot be reached, which is not taken for damage.
+            OSError: The directory cannot be read. This does not count as damage.
         """
         variables = _variables(self._model, optimizer=not weights_only)
         found = self._restore(step, lambda *_: variables, strict=strict, donate=donate, own=False)
@@ -2463,7 +2469,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return restore.run(step)
 
     def wait_until_finished(self) -> None:
-        """Waits until everything is committed. Raises if a save has failed; its step is not there then."""
+        """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
         if (failure := self._failure) is not None:
             self._failure = None
             raise failure
@@ -2503,8 +2509,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._meetings.give_up(error)
 
     def reached_preemption(self, step: int) -> bool:
-        """As in Orbax; False while `fit` runs with a callback of ours, which asks JAX itself."""
-        # JAX agrees on a call: that with the number after the highest of all. Orbax asks with other numbers.
+        """As in Orbax, but False while `fit` runs with OrbaxCheckpointCallback, which asks JAX itself."""
+        # JAX's processes agree on a call number, one above the highest so far. Orbax would ask with other numbers.
         return not self._fitting and super().reached_preemption(step)
 
     def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
@@ -2524,14 +2530,14 @@ def load_model(
     compile: bool = True,
     safe_mode: bool = True,
 ) -> keras.Model:
-    """Builds the model that was saved in a directory, with all its state, from the directory alone.
+    """Rebuilds a saved model, with all its state, from its checkpoint directory alone.
 
-    Works for every model that Keras can make from its config, with the assets of its layers. Reads only:
-    damaged steps are passed over with a warning, and stay where they are.
+    Works for every model that Keras can build from its config, layer assets included. Changes nothing on disk:
+    damaged steps are skipped with a warning, not renamed.
 
-    A checkpoint holds the model as it is trained. What changes it when `fit` ends is not in there:
-    `EarlyStopping(restore_best_weights=True)`, for which there is `step="best"`, and an optimizer's moving
-    average (`use_ema=True`), which `model.optimizer.finalize_variable_values(model.trainable_variables)` applies.
+    A checkpoint holds the model as it is during training, without what `fit` does to the weights when it ends. For
+    `EarlyStopping(restore_best_weights=True)`, load `step="best"`; for an optimizer's moving average
+    (`use_ema=True`), call `model.optimizer.finalize_variable_values(model.trainable_variables)`.
 
     Example:
 
@@ -2539,22 +2545,23 @@ def load_model(
 
     Args:
         checkpoint_dir: Directory of the checkpoints, `str` or path-like; `gs://bucket/path` too.
-        step: The step; `"best"` for the best one by the metric that was monitored; None for the newest that is
-            intact. Defaults to None.
-        custom_objects: Own classes and functions by name, where they are not registered with Keras.
+        step: The step to load; `"best"` for the best one by the metric that was monitored; None for the newest
+            intact one. Defaults to None.
+        custom_objects: Custom classes and functions by name, if they are not registered with Keras.
             Defaults to None.
-        compile: Whether to compile the model as it was, with the optimizer's state. Defaults to True.
-        safe_mode: Whether to refuse code inside the config, such as lambdas, as in
-            `keras.saving.load_model`. Defaults to True.
+        compile: Whether to compile the model as it was and restore the optimizer. Defaults to True.
+        safe_mode: Whether to refuse code in the config, such as lambdas, as in `keras.saving.load_model`.
+            Defaults to True.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        CheckpointError: The checkpoint does not say how to build its model, or none is known as the best.
-        CheckpointCorruptError: `step` is damaged, or without it, all steps are.
-        ValueError, TypeError: From Keras, which cannot make the model from its config.
+        FileNotFoundError: There is no checkpoint in the directory, or none of that step.
+        CheckpointError: The checkpoint does not say how to build its model, or `step` is `"best"` and no
+            checkpoint is known to be the best.
+        CheckpointCorruptError: `step` is damaged, or, if it was not given, every step is.
+        ValueError, TypeError: Keras cannot build the model from its config.
     """
     _check_backend()
     directory = _usable_directory(checkpoint_dir, {"read_only": True})
@@ -3135,14 +3142,13 @@ def _check_callback_arguments(
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
-    """Saves the whole training state during `fit`, and continues from it when `fit` starts.
+    """Saves the full training state during `fit`, and resumes from it when `fit` starts.
 
     The same script run again continues with the batch after the newest checkpoint and stops at the same
     `epochs`. Batches of that epoch already trained on are skipped, so the data must come in the same order. If
     the run is complete, or was stopped by another callback, `fit` loads the final state and returns. `fit`
-    returns when everything is committed to disk. Pass one such callback per `fit`, anywhere in the list. A
-    second `fit` in the same process continues likewise; a model that was compiled anew in between keeps its new
-    optimizer.
+    returns only when every save is committed. Pass one such callback per `fit`, anywhere in the list. A second
+    `fit` in the same process continues likewise; a model recompiled in between keeps its new optimizer.
 
     Example:
 
@@ -3156,35 +3162,38 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         max_to_keep: How many of the newest checkpoints to keep, None for all. Defaults to 5.
         steps_per_epoch: The checkpoint of epoch `e` (from 0) is step `e * steps_per_epoch`. Defaults to 1.
         save_freq: When to save: `"epoch"`, at the end of every epoch; an `int`, every so many train batches;
-            a `datetime.timedelta`, at the first batch after that time; `"auto"`, as often as saving costs no more
-            than 3 % of the run's time, waiting and slower batches included, as measured. The last state of a run
-            is saved in any case. Unless it is `"epoch"`, the step is the number of train batches completed.
-            Defaults to `"epoch"`.
+            a `datetime.timedelta`, at the first batch that long after the last save; `"auto"`, as often as possible
+            while saving takes at most 3 % of the run's time, measured as time blocked plus slower batches. The
+            last state of a run is always saved. Except with `"epoch"`, the step is the number of train batches
+            completed. Defaults to `"epoch"`.
         monitor: Name of a metric in the logs of an epoch, such as `"val_loss"`. Keeps the `max_to_keep` best
             checkpoints by this metric, and always the newest. Defaults to None.
         mode: Whether lower (`"min"`) or higher (`"max"`) is better; `"auto"` takes it from the model's metrics.
             Defaults to `"auto"`.
         stateful: Other objects whose state is saved: Keras callbacks (also passed to `fit`), and objects with
-            `get_state` and `set_state` or `state_dict` and `load_state_dict`. For a callback, the attributes
-            changed since this callback was created are restored. For data iterators, use `resumable()`.
-            Defaults to `()`.
-        preemption_signals: Signals on which the state is saved within a batch, and the process exits with
-            128 + signal: 143 for SIGTERM (`KeyboardInterrupt` for SIGINT). Earlier Python handlers are called
-            once it is saved, and put back when `fit` ends. Defaults to SIGTERM.
+            `get_state` and `set_state` or `state_dict` and `load_state_dict`. Of a Keras callback without such
+            methods, the attributes are saved that have changed since the `OrbaxCheckpointCallback` was created.
+            For data iterators, use `resumable()`. Defaults to `()`.
+        preemption_signals: Signals on which the state is saved within a batch and the process exits with code
+            128 + signal: 143 for SIGTERM (SIGINT raises `KeyboardInterrupt`). Python handlers installed before
+            are called after the save, and restored when `fit` ends. Defaults to `(signal.SIGTERM,)`.
         verbose: 1 prints a line for every save and load, 0 prints nothing. Defaults to 1.
-        **kwargs: `compression=True` compresses with zstd; all else are fields of
+        **kwargs: `compression=True` compresses with zstd; all others are fields of
             `orbax.checkpoint.CheckpointManagerOptions`.
 
     Attributes:
         checkpoint_manager: The `KerasOrbaxCheckpointManager`.
 
     Raises:
-        ValueError: An argument is bad, the model is not compiled, or Keras's backend is not JAX. In `fit`: it
-            fits another model, or was given two of these callbacks.
-        TypeError: A keyword is neither ours nor Orbax's, or the state of a `stateful` object cannot be saved.
-        OSError: The directory cannot be written to.
-        CheckpointMismatchError: In `fit`: the newest checkpoint is of another model, or the run continues inside
-            an epoch whose batches have another number or shape. Other content is a warning.
+        ValueError: An argument is invalid, the model is not compiled, or Keras's backend is not JAX. In `fit`:
+            the callback was made for another model, or `fit` was given two of these callbacks.
+        TypeError: A keyword is neither an argument of this class nor an Orbax option, or the state of a
+            `stateful` object cannot be saved.
+        OSError: The directory cannot be reached or written to.
+        RuntimeError: Keras, Orbax or JAX lacks something private that this file uses, or `fit` is overridden.
+        CheckpointMismatchError: In `fit`: the newest checkpoint does not match the model, or the run resumes inside
+            an epoch and the number or shape of the batches has changed. Changed content only causes a warning.
+        CheckpointCorruptError: In `fit`: every checkpoint is damaged.
         CheckpointError: In `fit`: a save has failed.
     """
 
@@ -3224,8 +3233,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
 
-        A resumed run starts with the first batch not yet trained on, even if Keras had read ahead; no batch is
-        repeated or lost. When `data` ends, it restarts from the beginning.
+        A resumed run starts with the first batch not yet trained on, even if Keras had read ahead: no batch is
+        repeated or lost. When `data` runs out, it starts over.
 
         Example:
 
@@ -3241,7 +3250,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
             An endless generator over the batches of `data`; pass `steps_per_epoch` to `fit`.
 
         Raises:
-            TypeError: `data` lacks these methods.
+            TypeError: `data` does not have these methods.
         """
         self._resumable = _Resumable(data)
         return self._resumable.generator
