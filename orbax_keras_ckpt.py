@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
 # fmt: off
-# Keras and Orbax come without types, the seams touch private attributes, and other people's code may raise anything:
+# Keras and Orbax ship no types, the seams touch private attributes, and user code may raise anything:
 # mypy: disable-error-code="import-untyped,import-not-found"
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # ruff: noqa: BLE001, TRY004
@@ -63,7 +63,7 @@ import os
 
 # Pasted into a notebook or a script, where __name__ is "__main__" as well, this file only defines.
 if _IS_PROGRAM := __name__ == "__main__" and os.path.basename(globals().get("__file__", "")) == "orbax_keras_ckpt.py":
-    # The command line: whatever the user's settings are, and beside a run that has the GPU.
+    # The command line overrides the user's settings, and must work while a run occupies the GPU.
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
 
 import argparse
@@ -143,7 +143,7 @@ _WEIGHTS = _GROUPS[:2]
 
 
 class _Spec(NamedTuple):
-    """What a variable looks like, apart from its values."""
+    """Path, shape and dtype of a variable."""
 
     path: str
     shape: tuple[int, ...]
@@ -153,7 +153,7 @@ class _Spec(NamedTuple):
 class _Position(NamedTuple):
     """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0.
 
-    `batches` is the number of train batches that the run has completed, None if it is not known.
+    `batches` is the number of train batches that the run has completed, None if unknown.
     """
 
     epoch: int
@@ -161,20 +161,20 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
-# What _pack takes, by the name that stands in the JSON. Nothing else can be named there.
+# The types that _pack accepts, by their name in the JSON. _unpack makes no others.
 _SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
 _MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, collections.Counter)}
 _FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # of a defaultdict
 _DATES = {kind.__name__: kind for kind in (datetime.datetime, datetime.date)}
 _OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
 _BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
-_INLINE_BYTES = 2**13  # larger arrays do not go into the JSON
+_INLINE_BYTES = 2**13  # larger arrays are stored outside the JSON
 
 
 def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
-    """`value` as JSON; large arrays as references to `arrays`, to which their .npy bytes are added.
+    """`value` as JSON. Large arrays become indices into `arrays`, to which their .npy bytes are appended.
 
-    TypeError where the value would not come back with the same types, unless `default` makes something else of it.
+    TypeError if the value would not come back with the same types, unless `default` converts it.
     """
     pack, kind = functools.partial(_pack, arrays=arrays, default=default), type(value)
     if value is None or kind in (bool, int, float, str):
@@ -215,7 +215,7 @@ def _pack_array(value: np.ndarray | np.generic | jax.Array, arrays: list[np.ndar
     array, buffer = np.asarray(value), io.BytesIO()
     if array.dtype.hasobject or array.dtype.kind == "T":
         raise TypeError("objects")
-    is_foreign = array.dtype.isbuiltin == 2  # bfloat16 and its like, of which .npy files know nothing
+    is_foreign = array.dtype.isbuiltin == 2  # bfloat16 and the like, which .npy files do not support
     np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
     data = buffer.getvalue()
     if arrays is None or len(data) <= _INLINE_BYTES:
@@ -271,13 +271,13 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
 
 
 def _copied(value: Any, default: Callable | None = None) -> Any:
-    """A copy that shares nothing with `value`; of what cannot be saved, a copy of what `default` makes of it."""
+    """A deep copy of `value`; parts that cannot be saved are first converted by `default`."""
     arrays: list[np.ndarray] = []
     return _unpack(_pack(value, arrays, default), arrays)
 
 
 def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields`, of JSON, with their checksum."""
+    """`fields`, JSON values, with their checksum added."""
     return {**fields, "crc32": zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
 
 
@@ -291,31 +291,32 @@ def _unsealed(sealed: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _Record:
-    """What we note beside the arrays, as JSON in Orbax's custom metadata."""
+    """What is saved beside the arrays, as JSON in Orbax's custom metadata."""
 
-    save: str  # the id of this save, which its arrays carry too
+    save: str  # the id of this save, also stored with each of its arrays
     position: _Position
     variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
     metrics: dict[str, float]
     monitor: list[str] | None  # what decides which checkpoint is best, and "min" or "max"
     model: dict[str, Any]
     versions: dict[str, str]
-    own: Any  # what belongs to the process, packed; or, where that is in the item "run":
-    run: list[int] | None  # the bytes of each process's archive there
-    # Of the callback: `stateful`, the names of these objects; `num_batches` of an epoch, if that is known;
-    # `is_resumable`, whether `fit` read resumable(); `is_trained`, whether all batches of the epoch are; `unfinished`,
-    # inside an epoch, whose end may get the same number; `stopped`, the `epochs` of a fit that a callback has stopped.
+    own: Any  # the state of this process, packed; None if it is in the item "run"
+    run: list[int] | None  # the size in bytes of each process's archive in the item "run", if there is one
+    # Written by the callback: `stateful`, the class names of these objects; `num_batches` per epoch, if known;
+    # `is_resumable`, whether `fit` read resumable(); `is_trained`, whether all batches of the epoch were trained on;
+    # `unfinished`, saved inside an epoch, whose end may get the same step; `stopped`, the `epochs` of a fit that a
+    # callback stopped.
     notes: dict[str, Any]
 
     def __getattr__(self, name: str) -> Any:
-        """A note, or None."""
+        """The note of that name, or None."""
         if name.startswith("__"):
             raise AttributeError(name)
         return self.notes.get(name)
 
     @property
     def processes(self) -> int:
-        """How many have saved it. With several, each has left an archive."""
+        """How many processes saved the checkpoint; each of several has an archive."""
         return len(self.run or [None])
 
     def to_metadata(self) -> dict[str, Any]:
@@ -324,7 +325,7 @@ class _Record:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "_Record | None":
-        """The record in `_CHECKPOINT_METADATA`; None where others wrote the checkpoint. ValueError if it is damaged."""
+        """The record in `_CHECKPOINT_METADATA`; None if another tool wrote it. ValueError if it is damaged."""
         fields = (metadata.get("custom_metadata") or {}).get(_RECORD_KEY)
         if fields is None:
             return None
@@ -343,9 +344,9 @@ class _Record:
 
 
 # ----------------------------------------------------------------------------------------------- seams
-# Every private or version-dependent touch of Keras, Orbax and JAX. All of them are the same in all versions tested, or
-# the function says since when. Where one is gone, no manager can be made, and the error names it; what only a running
-# `fit` has is looked up when that starts, before anything is trained.
+# Every private or version-dependent use of Keras, Orbax and JAX. Each works the same in all tested versions, unless the
+# function says since when. If one is gone, creating a manager fails and the error names it; what exists only inside a
+# running `fit` is checked when `fit` starts, before anything is trained.
 
 _TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
 _SEAMS = {
@@ -392,35 +393,35 @@ def _untested(problem: str) -> RuntimeError:
 
 
 def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Makes the `fit` that is about to loop start at `epoch`; None takes that back."""
-    # Keras has no public way to start fit() late from a callback, and never resets this one.
+    """Makes the `fit` that is about to loop start at `epoch`; None resets that."""
+    # Keras has no public way for a callback to change the first epoch, and never resets this attribute.
     model._initial_epoch = epoch
 
 
 class _Fit(NamedTuple):
-    """What stands in the frame of the `fit` that is starting."""
+    """Local variables of the `fit` that is starting."""
 
     callbacks: keras.callbacks.CallbackList
-    epoch_iterator: Any  # which gives `fit` its batches
-    data: Any  # its argument x
-    held_out: Any  # that of the validation data
+    epoch_iterator: Any  # yields the batches to `fit`
+    data: Any  # the argument x
+    held_out: Any  # the x of the validation data
     epochs: int
     initial_epoch: int
 
 
 def _locals(frame: types.FrameType) -> dict[str, Any]:
-    """The variables of a function that is running; of a module, none."""
+    """The local variables of a running function; empty for a module."""
     if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
         return {}
     names = dict(frame.f_locals)
-    if isinstance(frame.f_locals, dict):  # a copy, until Python 3.13, that the frame would keep, old states included
+    if isinstance(frame.f_locals, dict):  # before Python 3.13, a copy that the frame would keep, and old states with it
         frame.f_locals.clear()
     return names
 
 
 def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     """The `fit` that is calling the `on_train_begin` of a callback."""
-    # Callbacks are told neither of the other callbacks nor of the data. The frames are let go at once.
+    # Keras passes a callback neither the other callbacks nor the data. No frame is kept.
     frame: Any = sys._getframe(1)
     while frame is not None and not isinstance(_locals(frame).get("self"), keras.callbacks.CallbackList):
         frame = frame.f_back
@@ -437,7 +438,7 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
 
 def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended: Callable[[bool], None]) -> None:
     """Calls `trained` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises."""
-    # Keras calls no callback when fit raises. In both places it syncs the state, and in no other by itself.
+    # Keras calls no callback when fit raises, but it calls jax_state_sync() in both places, and nowhere else.
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
     def jax_state_sync() -> None:
@@ -460,32 +461,32 @@ def _unwatch_fit(model: keras.Model) -> None:
 
 
 def _last_logs(fit: _Fit) -> Any:
-    """What the last train step of a running `fit` has returned."""
+    """The logs that the last train step of a running `fit` returned; None before the first."""
     frame: Any = sys._getframe(1)
     while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
-    return names.get("logs")  # none before the first step
+    return names.get("logs")
 
 
 def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
-    """Lets `fit` take the steps of each epoch, (first batch, ..., iterator), from `batches(Keras's own steps)`."""
+    """Makes `fit` read each epoch's steps, (first batch, ..., iterator), from `batches(Keras's own steps)`."""
     own = fit.epoch_iterator._enumerate_iterator
     fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
 
 
 def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
-    """Whether the next epoch goes on with this iterator over batches, rather than starting a new one."""
+    """Whether the next epoch continues with this iterator over batches instead of a new one."""
     return fit.epoch_iterator.steps_per_epoch is not None and fit.epoch_iterator._current_iterator is iterator
 
 
 def _count_as_seen(fit: _Fit, batches: int) -> None:
-    """Tells Keras that its present iterator has given batches of earlier epochs."""
+    """Tells Keras that its current iterator has already yielded so many batches in earlier epochs."""
     fit.epoch_iterator._steps_seen += batches
 
 
 def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
-    """Makes the next step of `fit` return `logs` and change nothing, and no callback hear of it. Returns the undo."""
-    # Where only validation is left of an epoch, fit needs the logs of its last step.
+    """Makes the next step of `fit` return `logs`, change nothing and call no callbacks. Returns the undo."""
+    # If only the validation of an epoch is left, fit still needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
 
     def undo() -> None:
@@ -505,7 +506,7 @@ def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
 
 
 def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
-    """Whether each SwapEMAWeights of `fit` has the averages in the model; with `states`, tells them so first."""
+    """Whether each SwapEMAWeights of `fit` has the averages in the model; if given, sets that to `states` first."""
     swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
     for swap, state in zip(swaps, states or ()):
         swap._ema_weights_in_model = state
@@ -513,7 +514,7 @@ def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bo
 
 
 def _has_workers(fit: _Fit) -> bool:
-    """Whether Keras draws the batches of a PyDataset in other threads or processes."""
+    """Whether Keras loads the batches of a PyDataset in other threads or processes."""
     return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
 
 
@@ -522,8 +523,8 @@ def _is_bucket(directory: epath.PathLike) -> bool:
 
 
 def _uncached(bucket: epath.Path) -> epath.Path:
-    """Disables gcsfs's cache of listings: TensorStore and other processes write there as well."""
-    if hasattr(bucket._backend, "fs"):  # TensorFlow, where it is installed, reaches buckets without gcsfs
+    """Disables gcsfs's listing cache: TensorStore and other processes write behind its back."""
+    if hasattr(bucket._backend, "fs"):  # if TensorFlow is installed, etils uses it instead of gcsfs
         files = bucket._backend.fs(bucket)
         files.dircache.use_listings_cache = False
         files.invalidate_cache()
@@ -531,8 +532,8 @@ def _uncached(bucket: epath.Path) -> epath.Path:
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:
-    """Renames a committed step. Killed on the way in a bucket, it is whole at one of the places or at both."""
-    if _is_bucket(path) and hasattr(path._backend, "fs"):  # where a rename copies and deletes, file by file
+    """Renames a committed step. If killed midway in a bucket, at least one of the two places has a complete copy."""
+    if _is_bucket(path) and hasattr(path._backend, "fs"):  # a rename would copy and delete file by file
         path._backend.fs(path).copy(str(path), str(target), recursive=True)
         (path / _COMMITTED).unlink()
         path.rmtree()
@@ -541,7 +542,7 @@ def _move(path: epath.Path, target: epath.Path) -> None:
 
 
 class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """A step on its way: it gets its name when all of it is on the disk, which Orbax does not wait for."""
+    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush."""
 
     def finalize(self) -> Any:
         if self._checkpoint_metadata_store is None:  # an item inside a step
@@ -565,10 +566,10 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class _Deleter:
-    """Orbax's deleter of old steps, with a tidy directory after each commit.
+    """Orbax's deleter of old steps, which also removes leftovers after each commit.
 
-    What marks a step as committed goes first, so a deletion that is killed leaves no step behind. The new step is
-    committed by then: what fails here is noted, and fails no save.
+    The commit marker is deleted first, so a killed deletion never leaves half a step that looks committed. The new step
+    is already committed by then, so failures here are recorded and do not fail the save.
     """
 
     def __init__(self, deleter: Any, mark: Callable[[int], None], tidy: Callable[[], None]):
@@ -592,7 +593,7 @@ class _Deleter:
 
 
 class _Hooked(ocp.CheckpointManager):
-    """Orbax's manager, with what it knows of the directory, its deletions and its failures in our hands."""
+    """Orbax's manager, with hooks into how it lists steps, deletes them and handles failed saves."""
 
     def _watch_deletions(self) -> None:
         self._checkpoint_deleter: Any = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
@@ -602,7 +603,7 @@ class _Hooked(ocp.CheckpointManager):
         return failures
 
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
-        # Orbax's own would die of one bad byte in any step, and globs inside a path that may hold brackets.
+        # Orbax's own fails on one bad byte in any step, and globs in a path that may contain brackets.
         return [ocp.checkpoint_manager.CheckpointInfo(*each) for each in self._known_steps()]
 
     def _wait_for_checkpointers(self) -> None:
@@ -613,14 +614,14 @@ class _Hooked(ocp.CheckpointManager):
             raise
 
     def _settle(self) -> None:
-        """Waits for the rest of a failed save. Of several errors, Orbax would raise others at the next save."""
+        """Waits for the rest of a failed save; otherwise Orbax would raise its further errors at the next save."""
         with contextlib.suppress(Exception):
             super()._wait_for_checkpointers()
 
 
 def _before_threads_stop(function: Callable[[], None]) -> None:
-    """Calls a function when the script has ended, before Python stops thread pools, of which a commit needs some."""
-    vars(threading)["_register_atexit"](function)  # atexit runs after that
+    """Calls a function when the script ends, before Python stops the thread pools that a commit needs."""
+    vars(threading)["_register_atexit"](function)  # atexit would run too late
 
 
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:
@@ -629,7 +630,7 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _automatic_name(cls: type) -> str:
-    """What Keras calls an object of a class, before it adds a number."""
+    """The name that Keras gives an object of a class, without the number."""
     from keras.src.utils import naming
 
     return naming.to_snake_case(cls.__name__)
@@ -651,7 +652,7 @@ def _set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> 
 
 @contextlib.contextmanager
 def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: bool = True) -> Iterator[None]:
-    """While it lasts, Keras writes and makes objects as for its own files: once, where several layers share one."""
+    """A context in which Keras serializes as for its own files: an object that several layers share, only once."""
     from keras.src.saving import serialization_lib
 
     names = keras.saving.custom_object_scope(custom_objects or {})
@@ -660,11 +661,11 @@ def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: b
 
 
 def _rename(variable: keras.Variable, path: str) -> None:
-    variable._path = path  # what Keras makes from a config has shorter paths than what it was made from
+    variable._path = path  # variables that Keras builds from a config have shorter paths than the original ones
 
 
 def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
-    """Lets everything in a model save its assets into a folder, or load them, as Keras does for its own files."""
+    """Saves the assets of everything in a model to a folder, or loads them, as Keras does for its own files."""
     from keras.src.saving import saving_lib
 
     class NoWeights(saving_lib.NpzIOStore):  # None is refused by Keras 3.10
@@ -690,7 +691,7 @@ def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
 
 
 def _direction(model: keras.Model, monitor: str) -> str | None:
-    """What is better, "min" or "max", as Keras infers it from the compiled metrics; None where it cannot."""
+    """Whether "min" or "max" is better, as Keras infers it from the compiled metrics; None if it cannot."""
     name = monitor.removeprefix("val_")
     if name == "loss":
         return "min"
@@ -698,7 +699,7 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
-    """The file `_sharding`, by which plain Orbax restores without being told how."""
+    """The contents of the file `_sharding`, from which plain Orbax restores without being given shardings."""
     kinds = {
         jax.sharding.NamedSharding: ocp.metadata.NamedShardingMetadata,
         jax.sharding.SingleDeviceSharding: ocp.metadata.SingleDeviceShardingMetadata,
@@ -709,52 +710,52 @@ def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
 
 
 async def _created(info: Any) -> epath.Path:
-    """The directory that a handler of Orbax is to write to; since 0.11.2x it is being made meanwhile."""
+    """The directory that an Orbax handler writes to; since 0.11.2x it is created in the background."""
     if hasattr(info, "await_path_creation"):
         await info.await_path_creation()
     return info.parent_dir
 
 
 def _reads_ahead(iterator: Iterator) -> bool:
-    """Whether Keras draws batches before they are trained on: on accelerators, and in older versions everywhere."""
+    """Whether Keras prefetches batches: on accelerators, and in older versions everywhere."""
     return re.search("ahead|prefetch", getattr(iterator, "__name__", "")) is not None
 
 
 def _jax_owns_sigterm() -> bool:
-    """Whether JAX has agreed to catch SIGTERM for all processes: with jax.distributed, unless it was told not to."""
+    """Whether JAX catches SIGTERM for all processes: with jax.distributed, unless that is switched off."""
     return _jax_client() is not None and getattr(jax.config, "jax_enable_preemption_service", True)
 
 
 def _jax_client() -> Any:
-    """What connects the processes of jax.distributed, None without it. While it runs, JAX owns SIGTERM."""
-    return jax._src.distributed.global_state.client  # there is no public way to it
+    """The client of jax.distributed, None without it."""
+    return jax._src.distributed.global_state.client  # there is no public access
 
 
 # ------------------------------------------------------------------------------------------- processes
-# All of them save, restore and fall back together. Process 0 alone prints, warns, renames and deletes.
+# All processes save, restore and fall back together. Only process 0 prints, warns, renames and deletes.
 
 _GATHERINGS = itertools.count()
-_PATIENCE_MS = 3_600_000  # for the slowest process; when one has died, JAX ends the others long before
+_PATIENCE_MS = 3_600_000  # to wait for the slowest process; when one dies, JAX ends the others long before
 
 
 def _gather(value: Any, name: str | None = None) -> list[Any]:
-    """`value`, of JSON, of every process. All have to call it, in one order or by a common name."""
+    """The JSON `value` of every process. All processes must call it, in the same order or with the same name."""
     if jax.process_count() == 1:
         return [value]
-    # Not by a collective: on a CPU, JAX may run two of them in another order in each process.
+    # Not a collective: on CPUs, JAX may run two of them in different orders on different processes.
     client, process, number = _jax_client(), jax.process_index(), next(_GATHERINGS) if name is None else -1
-    place = f"{__name__}/{number if name is None else name}"  # there may be other copies of this file
+    place = f"{__name__}/{number if name is None else name}"  # other copies of this file may be loaded
     client.key_value_set(f"{place}/{process}", json.dumps(value))
     keys = [f"{place}/{each}" for each in range(jax.process_count())]
     values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
     if number > 0:
-        client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # which all have read who are here
+        client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # every process here has read it
     return values
 
 
 @contextlib.contextmanager
 def _agreed() -> Iterator[None]:
-    """All processes leave this together. If any raises in here, all raise: the worst of what there is."""
+    """A block that all processes leave together. If any of them raises inside, all raise the worst of the errors."""
     kinds, error = (CheckpointCorruptError, CheckpointMismatchError, CheckpointError), None
     try:
         yield
@@ -772,9 +773,9 @@ def _agreed() -> Iterator[None]:
 
 
 class _Meetings:
-    """Where the processes meet during a save, in the background. When one has failed, the others need not wait."""
+    """The barriers of a background save. When one process fails, the others stop waiting for it."""
 
-    _PLACES = ("async_write_complete", "async_commit_complete")  # what Orbax calls the two on the way to a commit
+    _PLACES = ("async_write_complete", "async_commit_complete")  # Orbax's two barriers before a commit
 
     def __init__(self):
         self.save, self._counts = "", collections.Counter()
@@ -788,15 +789,15 @@ class _Meetings:
                 raise CheckpointError(f"process {process} has failed: {failure}")
 
     def give_up(self, error: BaseException) -> None:
-        """Says that this process will not come."""
+        """Tells the other processes that this one has failed."""
         for place in self._PLACES if jax.process_count() > 1 else ():
-            with contextlib.suppress(Exception):  # where it has been already
+            with contextlib.suppress(Exception):  # if it has already been there
                 key = f"{__name__}/{self.save}/{place}/1/{jax.process_index()}"
                 _jax_client().key_value_set(key, json.dumps(f"{type(error).__name__}: {error}"))
 
 
 def _warn(message: str) -> None:
-    """A warning of process 0, at the user's line that led here."""
+    """Warns, on process 0 only, and points at the line of user code that led here."""
     others = (_warn.__code__.co_filename, *(os.path.dirname(str(each.__file__)) for each in (keras, ocp)))
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
@@ -814,7 +815,7 @@ _nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a
 def _variables(
     model: keras.Model, optimizer: bool = True, metrics: bool = False
 ) -> dict[str, dict[str, keras.Variable]]:
-    """The model's variables by group and path, in its order. Raises where that is not possible or not unique."""
+    """The model's variables by group and path, in its order. ValueError if it is not ready or paths are not unique."""
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
@@ -831,13 +832,13 @@ def _variables(
         members[_GROUPS[2]] = list(model.optimizer.variables)
     _check_paths({name: [variable.path for variable in variables] for name, variables in members.items()})
     groups = {name: {variable.path: variable for variable in variables} for name, variables in members.items()}
-    if metrics:  # their paths need not be unique, and they have no life beyond their epoch
+    if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
     return groups
 
 
 def _check_paths(groups: Mapping[str, list[str]]) -> None:
-    """Raises if two variables would lie on the same place of the tree or share a name on disk, where "/" is "."."""
+    """Raises if two variables would collide in the state tree, or on disk, where "/" becomes "."."""
     paths = itertools.chain(*groups.values())
     folders = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
     weights = collections.Counter(_array_name("", path) for group in _WEIGHTS for path in groups.get(group, ()))
@@ -858,7 +859,7 @@ def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Arr
 def _specs(
     variables: Mapping[str, Mapping[str, keras.Variable]], values: Iterable[list[jax.Array]]
 ) -> dict[str, list[_Spec]]:
-    # A variable may claim to be float64 where JAX has only 32 bits: what counts is its value.
+    # A variable may claim float64 while JAX uses 32 bits, so the dtype is taken from its value.
     return {
         group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in zip(members, leaves)]
         for (group, members), leaves in zip(variables.items(), values)
@@ -866,7 +867,7 @@ def _specs(
 
 
 def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Array]]) -> dict[str, Any]:
-    """The state tree with these values. Orbax refuses arrays without elements; the record says all of them."""
+    """The state tree with these values, less empty arrays, which Orbax refuses; the record lists those too."""
     return {
         group: _nest({path: value for path, value in zip(paths, leaves) if value.size})
         for (group, paths), leaves in zip(variables.items(), values)
@@ -874,7 +875,7 @@ def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Arra
 
 
 def _array_name(group: str, path: str) -> str:
-    """What an array is called on disk."""
+    """The name of an array on disk."""
     return f"{group}/{path}".replace("/", ".")
 
 
@@ -885,20 +886,20 @@ def _arrays_of(variables: Mapping[str, list[_Spec]]) -> dict[str, _Spec]:
 
 
 def _automatic_names(model: keras.Model) -> set[str]:
-    """The names, without numbers, that Keras has made up for parts of a model."""
+    """The automatic names of a model's parts, without their numbers."""
     optimizer = getattr(model, "optimizer", None)
     members = [*_layers(model), *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
     stems = {"seed_generator", "variable"}
     for member in members:
         stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
-        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # those of Bidirectional
+        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
     return stems
 
 
 def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
-    """{path without Keras's own numbers: path}. Instead of a number it has the place among siblings, and their count.
+    """{canonical path: path}. In canonical paths, Keras's own numbers are replaced by "rank of count" among siblings.
 
-    Keras counts up as layers are made, so the order of the numbers is that of their making.
+    Keras counts up as layers are created, so the order of the numbers is the order of creation.
     """
     ends = {path: list(itertools.accumulate(path.split("/"), "{}/{}".format)) for path in paths}  # a, a/b, a/b/c
     names, siblings = {}, collections.defaultdict(list)
@@ -913,7 +914,7 @@ def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]
 
 
 def _pair_paths(live: Sequence[str], saved: Sequence[str], automatic: Iterable[str]) -> dict[str, str]:
-    """{live path: saved path}: the same but for Keras's own numbers; or else the very same."""
+    """{live path: saved path}, matched up to Keras's own numbers first, then exactly."""
     here, there = _canonical(live, automatic), _canonical(saved, automatic)
     pairs = {path: there[name] for name, path in here.items() if name in there}
     rest = set(saved).difference(pairs.values())
@@ -921,7 +922,7 @@ def _pair_paths(live: Sequence[str], saved: Sequence[str], automatic: Iterable[s
 
 
 def _pair_optimizer(live: Iterable[str], saved: Sequence[str], weights: Mapping[str, str], automatic: Any) -> dict:
-    """{live path: saved path} of the optimizer's variables, whose names contain those of the weights."""
+    """{live path: saved path} of the optimizer's variables, whose names contain the paths of the weights."""
     flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
 
     def as_saved(path: str) -> str:
@@ -939,7 +940,7 @@ _Place = tuple[str, str]  # group and path of a variable
 
 
 def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[_Place, _Place]:
-    """{live: saved}. Weights may have changed their group: such a layer was frozen or thawed in between."""
+    """{live: saved}. A weight may have changed its group, if its layer was frozen or unfrozen in between."""
     groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
     here, there = ([s.path for group in _WEIGHTS for s in specs.get(group, [])] for specs in (live, saved))
     weights = _pair_paths(here, there, automatic)
@@ -954,7 +955,7 @@ def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> 
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
-    """All variables that training changes, as `fit` hands them to the train function."""
+    """All variables that training may change, grouped as `fit` passes them to the train function."""
     optimizer = model.optimizer.variables
     return model.trainable_variables, model.non_trainable_variables, optimizer, model.metrics_variables
 
@@ -964,19 +965,19 @@ def _references(groups: Iterable[Iterable[keras.Variable]]) -> list[weakref.ref]
 
 
 def _are_replaced(references: list[weakref.ref], groups: Iterable[Iterable[keras.Variable]]) -> bool:
-    """Whether anybody has assigned to variables since; in any process."""
+    """Whether any variable has been assigned to since, on any process."""
     replaced = any(old() is not new.value for old, new in zip(references, itertools.chain(*groups), strict=True))
     return any(_gather(replaced))
 
 
 def _learning_rate(model: keras.Model) -> float | None:
-    """The learning rate, where it is a number and not a schedule."""
+    """The learning rate; None if it is a schedule."""
     rate: Any = getattr(model.optimizer, "learning_rate", None)
     return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
 
 
 class _Source(NamedTuple):
-    """A live variable and the saved one that it takes its value from."""
+    """A live variable and the saved variable that it is restored from."""
 
     name: str  # of the array on disk
     variable: keras.Variable
@@ -989,7 +990,7 @@ def _compare(
     strict: bool,
     automatic: Iterable[str],
 ) -> tuple[list[_Source], list[str]]:
-    """What to restore from where, and every difference in words. Not `strict`, another dtype is none."""
+    """What to restore from where, and every difference in words; a dtype counts as one only if `strict`."""
     live = _specs(variables, _values(members.values() for members in variables.values()))
     pairs = _pair_variables(live, saved, automatic)
     places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
@@ -1011,12 +1012,12 @@ def _compare(
         else:
             sources.append(_Source(_array_name(*place), variables[group][path], other))
     differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
-    # Weights first: what differs in the optimizer mostly follows from them.
+    # Weights first: differences in the optimizer mostly follow from theirs.
     return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
 
 def _listing(lines: list[str]) -> str:
-    """The first ten lines, and how many more there are."""
+    """The first ten lines as a list, and how many more there are."""
     more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
     return "\n".join(f"  - {line}" for line in lines[:10] + more)
 
@@ -1025,7 +1026,7 @@ def _listing(lines: list[str]) -> str:
 
 
 def _random_state() -> dict[str, Any]:
-    """The global random generators: Python's, numpy's, Keras's, and torch's if it is imported."""
+    """The states of the global random generators: Python's, numpy's, Keras's, and torch's if it is imported."""
     generator = _global_seed_generator()
     version, internal, gauss_next = random.getstate()
     state = {
@@ -1053,7 +1054,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 
 # -------------------------------------------------------------------------------------- stateful objects
 
-# Functions, classes and the like are the script's own: it sets them anew.
+# Functions, classes and the like are not saved: the script sets them again.
 _CODE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 _CODE += (np.ufunc, functools.partial, keras.optimizers.schedules.LearningRateSchedule)
 _PLAIN = (bool, int, float, str, type(None), np.generic)
@@ -1080,7 +1081,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_order(value: Any) -> bool:
-    """Whether an attribute of a dataset may say in which order its data comes; larger arrays are taken for the data."""
+    """Whether an attribute of a dataset may determine the order of its data; large arrays are assumed to be the data."""
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
         return is_small and _text(value.reshape(-1)[:1]) is not None
@@ -1090,10 +1091,10 @@ def _is_order(value: Any) -> bool:
 
 
 class _Stateful:
-    """An object of the run beside the model: how its state is read and put back.
+    """An object whose state is saved beside the model, and how that state is read and restored.
 
-    Of a callback, that is all attributes that differ from what the script has set, because what it sets anew is its
-    own choice. Of a PyDataset, it is all that may be the order of its data, numbers and texts only if they differ.
+    For a callback, the state is all attributes that differ from what the script set: a new value in the script wins.
+    For a PyDataset, it is all that may determine the order of its data, plain numbers and strings only if changed.
     """
 
     def __init__(self, member: Any, label: str):
@@ -1136,7 +1137,7 @@ class _Stateful:
         self._put(_copied(state))
 
     def copy(self) -> Any:
-        """A copy of the state. TypeError that names what cannot be saved."""
+        """A copy of the state. The TypeError for a state that cannot be saved names the attribute."""
         state = self.get()
         try:
             return _copied(state)
@@ -1146,7 +1147,7 @@ class _Stateful:
             raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
     def copy_before_validation(self) -> Any:
-        """A copy of the state, or None of a callback that does not hear of validation."""
+        """A copy of the state; None for a callback that has no hooks for validation."""
         base = keras.callbacks.Callback
         hooks = [name for name in vars(base) if name.startswith("on_test_")]
         is_deaf = all(getattr(type(self.member), name, None) is getattr(base, name) for name in hooks)
@@ -1157,10 +1158,10 @@ class _Stateful:
 
 
 class _Reader(Iterator):
-    """Keras's iterator over batches, which `fit` reads by way of this one.
+    """Wraps Keras's iterator over batches, on its way to `fit`.
 
-    Counts them, in all since it was made and in the whole run. Keeps the last one, and what `note()` says just before
-    the first.
+    Counts the batches, both of this iterator and of the whole run. Keeps the last batch, and what `note()` returned just
+    before the first.
     """
 
     def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
@@ -1171,14 +1172,14 @@ class _Reader(Iterator):
     def __next__(self) -> Any:
         if not self.count:
             self.origin = self._note()
-        self.last = None  # frees its memory for the next one
+        self.last = None  # frees its memory before the next batch is loaded
         self.last = next(self.iterator)
         self.count, self.batches = self.count + 1, self.batches + 1
         return self.last
 
 
 def _fingerprint(batch: Any) -> dict[str, Any]:
-    """The shapes of a batch, and a checksum of the first numbers of each array, as far as this process has them."""
+    """The shapes of a batch, and a checksum of the first elements of each array, as far as this process has them."""
     shapes, checksum = [], 0
     for leaf in jax.tree.leaves(batch):
         is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -1190,7 +1191,7 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
 
 
 class _Resumable:
-    """The batches of an iterator or loader, and the state before each batch that has not been trained on yet."""
+    """The batches of an iterator or loader, and its state before each batch not yet trained on."""
 
     def __init__(self, data: Any):
         methods = _state_methods(data)
@@ -1203,9 +1204,9 @@ class _Resumable:
         self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
         self._iterator: Any = None
         self._states: collections.deque[Any] = collections.deque()
-        self._number = 0  # of the batch that the first state is from before
-        self.drawn, self._drawn_earlier = 0, 0  # in this fit, and in those before
-        self.stale = 0  # how many of these Keras still holds from before the data was rewound
+        self._number = 0  # of the batch that follows the first state
+        self.drawn, self._drawn_earlier = 0, 0  # batches drawn in this fit, and in earlier ones
+        self.stale = 0  # batches that Keras read before the data was rewound and still holds
         self.generator = self._batches()
 
     def _batches(self) -> Iterator[Any]:
@@ -1227,11 +1228,11 @@ class _Resumable:
     def _restart(self, state: Any) -> None:
         if state is not None:
             self._put(copy.deepcopy(state))
-        self._iterator = iter(self._data)  # by which a loader takes up the state
+        self._iterator = iter(self._data)  # only then does a loader apply the state
 
     def begin(self, state: Any) -> None:
-        """A fit begins, at a state or at the beginning."""
-        if state is not None or self._drawn_earlier:  # else all is as it was made: a restart may draw random numbers
+        """Called when `fit` begins: sets the data to `state`, or to its beginning."""
+        if state is not None or self._drawn_earlier:  # else it is there already, and a restart may draw random numbers
             self._restart(self._beginning if state is None else state)
             self._states.clear()
             self._number, self.stale = 0, self.drawn
@@ -1240,13 +1241,13 @@ class _Resumable:
         self.drawn, self._drawn_earlier = 0, self._drawn_earlier + self.drawn
 
     def forget(self, trained: int) -> None:
-        """Drops the states before batches that have been trained on."""
+        """Drops the states before batches already trained on."""
         while self._states and self._number < trained:
             self._states.popleft()
             self._number += 1
 
     def state(self, trained: int) -> Any:
-        """The state before the first batch that has not been trained on."""
+        """The state before the first batch not yet trained on."""
         self.forget(trained)
         if self._number != trained:
             raise ValueError(
@@ -1257,7 +1258,7 @@ class _Resumable:
 
 
 class _Dataset(_Stateful):
-    """The PyDataset of a `fit`. Warns where it may change itself between epochs in ways that are not saved."""
+    """The PyDataset of a `fit`. Warns if it may change itself between epochs in ways that are not saved."""
 
     def __init__(self, dataset: keras.utils.PyDataset):
         super().__init__(dataset, "the dataset")
@@ -1268,7 +1269,7 @@ class _Dataset(_Stateful):
             self.warn(f"may change attributes that cannot be saved: {', '.join(opaque)}")
 
     def _unsaved(self) -> dict[str, int | None]:
-        """Checksums of the first rows of arrays that are not saved; None for what nothing is known of."""
+        """Attributes that are not saved: for arrays, a checksum of the first rows; None for all others."""
         marks: dict[str, int | None] = {}
         for name, value in vars(self.member).items():
             if not isinstance(value, _CODE) and not _is_order(value):
@@ -1277,7 +1278,7 @@ class _Dataset(_Stateful):
         return marks
 
     def compare(self) -> None:
-        """Called when an epoch has ended; warns once."""
+        """Called when an epoch ends; compares and warns only the first time."""
         marks, self._marks = self._marks, {}
         now = self._unsaved() if marks else {}
         if changed := [name for name, mark in now.items() if mark != marks.get(name, mark)]:
@@ -1292,13 +1293,13 @@ class _Dataset(_Stateful):
 
 
 # ---------------------------------------------------------------------------------------------- arrays
-# On disk they are as Orbax writes them, with a checksum (CRC-32C) of each chunk and the id of the save. Orbax's own way
-# there takes 0.9 ms of Python for each array, and 1.2 ms back; straight to TensorStore, on which it stands, 0.1 ms.
+# On disk they are in Orbax's format, plus a checksum (CRC-32C) of each chunk and the id of the save. Orbax itself spends
+# 0.9 ms of Python writing each array and 1.2 ms reading it; calling TensorStore, which it builds on, takes 0.1 ms.
 
-# Measured on two cores. Chunks are read in parallel, files are written in parallel.
+# Sizes tuned on two cores. Chunks are read in parallel, files are written in parallel.
 _CHUNK_BYTES = 8 * 2**20
 _FILE_BYTES = 32 * 2**20
-_WRITING_BYTES = 16 * _FILE_BYTES  # encoded and not on disk yet
+_WRITING_BYTES = 16 * _FILE_BYTES  # handed to TensorStore and not yet on disk
 _READERS = 4  # arrays at a time
 _WRITING = {
     "target_data_file_size": _FILE_BYTES,
@@ -1308,7 +1309,7 @@ _WRITING = {
 
 
 def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
-    """An array in a directory of Orbax, as TensorStore calls it."""
+    """The TensorStore spec of the key-value store of an array in an Orbax directory."""
     base = {"driver": "file", "path": f"{directory}/"}
     if _is_bucket(directory):  # as a URL it would be unquoted
         base = dict(zip(("driver", "bucket", "path"), ("gcs", *base["path"].removeprefix("gs://").split("/", 1))))
@@ -1320,7 +1321,7 @@ def _context() -> ts.Context:
 
 
 def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
-    """A shard or a part of it, of at most `_CHUNK_BYTES`. Chunks never reach over the edge of a shard into another."""
+    """The shape of a shard, halved until it has at most `_CHUNK_BYTES`. No chunk crosses the edge of a shard."""
     chunk = list(array.sharding.shard_shape(array.shape))
     is_sharded = [size < whole for size, whole in zip(chunk, array.shape)]
     while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
@@ -1338,15 +1339,15 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         super().__init__(array_metadata_store=None)
         zstd = [{"name": "zstd", "configuration": {"level": 1}}] if compression else []
         self.save = ""  # the id of the save that is about to begin
-        self.expected: dict[str, _Spec] | None = None  # the arrays to find at its end, if that is to be checked
+        self.expected: dict[str, _Spec] | None = None  # the arrays to check for before the commit, if any
         self._codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, *zstd, {"name": "crc32c"}]
 
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
-        """Takes the values; they are written in the background."""
+        """Copies the values to the host; they are written in the background."""
         parts = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in values]
         for shard in itertools.chain.from_iterable(parts):
             shard.data.copy_to_host_async()
-        # On the CPU these are views. JAX leaves memory alone that numpy refers to, although the array is donated.
+        # On the CPU these are views. JAX does not reuse memory that numpy refers to, even if the array is donated.
         parts = [[(shard.index, np.asarray(shard.data)) for shard in shards] for shards in parts]
         arrays = {
             info.name: self._array(array.dtype.name, array.shape, _chunk_shape(array))
@@ -1359,12 +1360,12 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     def _array(self, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
         grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
         metadata = {"shape": shape, "chunk_grid": grid, "codecs": self._codecs, "attributes": {"save": self.save}}
-        # What equals the fill value is stored as well, so that what is missing is damage.
+        # Chunks equal to the fill value are stored too, so that a missing chunk always means damage.
         return {"driver": "zarr3", "dtype": dtype, "metadata": metadata, "store_data_equal_to_fill_value": True}
 
     async def _write(self, info: Any, arrays: dict, shardings: dict, parts: list) -> None:
         directory, process = await _created(info), jax.process_index()
-        # Each process writes a database of its own, which are merged in the end. One alone needs no other.
+        # Each of several processes writes its own database, and finalize() merges them. A single one writes in place.
         base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
         specs = [array | {"kvstore": _kvstore(base, name) | _WRITING} for name, array in arrays.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
@@ -1385,11 +1386,11 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             (directory / "_sharding").write_text(_sharding_file(shardings))
 
     def finalize(self, directory: epath.Path) -> None:
-        """Merges what several processes have written, and opens what a run writes first, before it is committed."""
+        """Before the commit: merges what several processes have written, and checks the first save of a run."""
         parts = sorted(path.name for path in _entries(directory) if path.name.startswith("ocdbt.process_"))
         if parts:
             places, transaction = [directory, *(directory / part for part in parts)], ts.Transaction(atomic=True)
-            context = _context()  # a common one, without which TensorStore does not copy
+            context = _context()  # TensorStore copies only between stores of one context
             opening = [ts.KvStore.open(_kvstore(place, "") | _WRITING, context=context) for place in places]
             target, *sources = [store.result() for store in opening]
             for source in sources:
@@ -1401,15 +1402,15 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
 
 
 def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of trees, with our way to write arrays."""
+    """Orbax's handler of trees, writing arrays with `arrays`."""
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
     handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, type_handler_registry=registry)
-    handler.finalize = arrays.finalize  # of a class of its own, Orbax would note the name, and no other tool read it
+    handler.finalize = arrays.finalize  # Orbax would record the name of a subclass, and no other tool could read it
     return handler
 
 
 def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
-    """Arrays that we have written in a save of that id, or that Orbax has. ValueError where one is not as expected."""
+    """Opens arrays written by the save of that id, or, with None, by Orbax. ValueError if one is not as expected."""
     driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
     context, spec = _context(), {"driver": driver, "fill_missing_data_reads": False}
     specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
@@ -1431,7 +1432,7 @@ def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
 def _read_arrays(
     directory: epath.Path, expected: Mapping[str, _Spec | None], shardings: Iterable[jax.sharding.Sharding], save: Any
 ) -> list[jax.Array]:
-    """Arrays straight into their shardings. ValueError where a checksum differs."""
+    """Reads arrays straight into their shardings. ValueError if a checksum differs."""
 
     def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
         part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
@@ -1443,14 +1444,14 @@ def _read_arrays(
         return list(pool.map(read, _open_arrays(directory, expected, save), shardings))
 
 
-# What belongs to the processes rather than to the model, where it is not small: the item "run" has one row of bytes for
-# each process, a zip archive of value.json and the arrays to which that refers, and in the first also the assets.
+# Large state that belongs to the processes rather than to the model: the item "run" has one row of bytes per process, a
+# zip archive of value.json and the arrays that it refers to. The archive of process 0 also holds the model's assets.
 
 _SMALL_BYTES_OF_JSON = 2**16
 
 
 def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, bytes]) -> np.ndarray:
-    """The row of this process."""
+    """The row of this process in the item "run"."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w") as archive:
         archive.writestr("value.json", json.dumps(packed))
@@ -1462,7 +1463,7 @@ def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, byt
 
 
 def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
-    """The rows of all processes as one array, and their lengths without what fills them up."""
+    """The rows of all processes as one array, and their lengths without padding."""
     lengths = _gather(len(row))
     row = np.pad(row, (0, max(lengths) - len(row)))[None] if len(row) < max(lengths) else row[None]
     if jax.process_count() == 1:
@@ -1474,7 +1475,7 @@ def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
 
 
 def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfile.ZipFile:
-    """What a process has left in the item "run". ValueError where it is damaged."""
+    """The archive of a process in the item "run". ValueError if it is damaged."""
     assert record.run is not None
     [store] = _open_arrays(path / "run", {"rows": None}, record.save)
     row = store[process, : record.run[process]].read().result()
@@ -1482,7 +1483,7 @@ def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfil
 
 
 def _read_own(path: epath.Path, record: _Record) -> Any:
-    """What this process has saved for itself; process 0, where there were more processes or fewer."""
+    """The state that this process saved; that of process 0, if the number of processes has changed."""
     if record.run is None:
         return _unpack(record.own)
     archive = _read_archive(path, record, jax.process_index() if jax.process_count() == record.processes else 0)
