@@ -1081,7 +1081,7 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def _is_order(value: Any) -> bool:
-    """Whether an attribute of a dataset may determine the order of its data; large arrays are assumed to be the data."""
+    """Whether an attribute of a dataset may determine the order of its data; large arrays are taken for the data."""
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
         return is_small and _text(value.reshape(-1)[:1]) is not None
@@ -1160,8 +1160,8 @@ class _Stateful:
 class _Reader(Iterator):
     """Wraps Keras's iterator over batches, on its way to `fit`.
 
-    Counts the batches, both of this iterator and of the whole run. Keeps the last batch, and what `note()` returned just
-    before the first.
+    Counts the batches, both of this iterator and of the whole run. Keeps the last batch, and what `note()` returned
+    just before the first.
     """
 
     def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
@@ -1293,8 +1293,8 @@ class _Dataset(_Stateful):
 
 
 # ---------------------------------------------------------------------------------------------- arrays
-# On disk they are in Orbax's format, plus a checksum (CRC-32C) of each chunk and the id of the save. Orbax itself spends
-# 0.9 ms of Python writing each array and 1.2 ms reading it; calling TensorStore, which it builds on, takes 0.1 ms.
+# On disk they are in Orbax's format, plus a checksum (CRC-32C) of each chunk and the id of the save. Orbax itself
+# spends 0.9 ms of Python writing each array and 1.2 ms reading it; calling TensorStore, which it builds on, 0.1 ms.
 
 # Sizes tuned on two cores. Chunks are read in parallel, files are written in parallel.
 _CHUNK_BYTES = 8 * 2**20
@@ -1493,18 +1493,18 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 
 
 # --------------------------------------------------------------------------------- reading a directory
-# Everything here is a function of the directory as it is now. While others write to it, a step may vanish at any time;
-# what marks it as committed goes first.
+# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time,
+# its commit marker first.
 
 _METADATA = "_CHECKPOINT_METADATA"
-_COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
+_COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
-    """What is in a directory. A bucket has no empty ones."""
+    """What is in a directory. In a bucket, empty directories do not exist."""
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
@@ -1524,16 +1524,16 @@ def _is_committed(path: epath.Path) -> bool:
 
 
 def _unmark(path: epath.Path) -> None:
-    """Makes a step one no more, in one go: what is left of it is in nobody's way."""
+    """Deletes the commit marker of a step, atomically: what is left of the folder no longer counts as a step."""
     for name in (_COMMITTED, _METADATA):
         (path / name).unlink(missing_ok=True)
 
 
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
-    """Folders by step: committed ones, ones without metadata, and ones that are being replaced."""
+    """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
     committed = {path for path, _ in found if _is_committed(path)}
-    if prefix is ...:  # whatever there is: plain numbers first
+    if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
     steps: dict[int, epath.Path] = {}
@@ -1547,21 +1547,21 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
 
 
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
-    """The steps in a directory, by any prefix if none is given, and where they are.
+    """The steps in a directory and their folders; with any prefix, if none is given.
 
     A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
-    step, but below a committed one it is the rest of a deletion.
+    step if it is above all committed ones, or else what a deletion left behind.
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
     if _is_bucket(directory):
         bare = {}
-    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # or a run of its own
+    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # else another run
     return damaged | replaced | steps
 
 
 def _nothing_in(directory: epath.Path) -> str:
-    """Says that a directory holds no steps, and which one near it does."""
+    """An error message: the directory holds no steps, but one nearby does."""
     is_there, near = directory.exists(), []
     text = f"There is no checkpoint in {directory}{'' if is_there else ': no such file or directory'}."
     with contextlib.suppress(Exception):  # of a bucket, of any kind: this is only a hint
@@ -1574,21 +1574,21 @@ def _nothing_in(directory: epath.Path) -> str:
 
 
 def _existing_steps(directory: epath.Path) -> dict[int, epath.Path]:
-    """The steps in a directory. FileNotFoundError says where there are some, if there are none."""
+    """The steps in a directory. If there are none, the FileNotFoundError names directories nearby that have some."""
     if steps := _steps(directory) if directory.exists() else {}:
         return steps
     raise FileNotFoundError(_nothing_in(directory))
 
 
 def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
-    """Folders of steps that are not committed. In a bucket, Orbax does not rename: it adds a file in the end."""
+    """Folders of uncommitted steps. In a bucket, Orbax does not rename on commit, but adds a file at the end."""
     found = [(path, match) for path in _entries(directory) if (match := _TEMPORARY.fullmatch(path.name))]
     temporary = [(int(match["step"]), path) for path, match in found if match["prefix"] == prefix]
     return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
 
 
 def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
-    """What killed saves and deletions have left at or below the newest step, and what has been replaced."""
+    """Removes what killed saves and deletions left at or below the newest step, and replaced snapshots."""
     steps, bare, replaced = _folders(directory, prefix)
     for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
         if step <= max(steps, default=-1):
@@ -1596,7 +1596,7 @@ def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
 
 
 def _set_aside(path: epath.Path, ending: str) -> str:
-    """Renames a step, so that its number is free; the new name."""
+    """Renames a step, so that its number can be saved again. Returns the new name."""
     names = itertools.chain([f"{path.name}{ending}"], (f"{path.name}{ending}-{n}" for n in itertools.count(2)))
     name = next(name for name in names if not (path.parent / name).exists())
     _move(path, path.parent / name)
@@ -1606,7 +1606,7 @@ def _set_aside(path: epath.Path, ending: str) -> str:
 
 
 def _flush(folder: epath.Path, recursive: bool = True) -> None:
-    """Waits until a folder, and all that is in it, is on the disk."""
+    """Flushes a folder, or a file, and everything in it to disk."""
     for path in _entries(folder) if recursive else ():
         _flush(path, path.is_dir())
     descriptor = os.open(folder, os.O_RDONLY)
@@ -1616,12 +1616,12 @@ def _flush(folder: epath.Path, recursive: bool = True) -> None:
         os.close(descriptor)
 
 
-# What TensorStore's errors begin with, when they are about what is stored and not about reaching it.
+# The status codes of TensorStore's errors that are about content, not about reaching the store.
 _CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error in reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
+    """Whether an error while reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
     status = re.match("([A-Z_]+): ", str(error))
     if status and type(error) is ValueError:
         return status[1] in _CONTENT
@@ -1646,18 +1646,18 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
-    """What Orbax keeps beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
+    """Orbax's metadata of a step. Its own metadata() reads a lot more, and does not work everywhere."""
     return json.loads((path / _METADATA).read_text())
 
 
 def _read_record(step: int, path: epath.Path) -> _Record | None:
-    """The record of a step, None where others wrote it. CheckpointCorruptError if it cannot be read."""
+    """The record of a step; None if another tool wrote it. CheckpointCorruptError if it is damaged."""
     with _reading(step, path):
         return _Record.from_metadata(_metadata(path))
 
 
 def _is_unfinished(step: int, path: epath.Path) -> bool:
-    """Whether a step is a snapshot inside an epoch, whose end may get the same number."""
+    """Whether a step is a snapshot inside an epoch, whose end may get the same step."""
     with contextlib.suppress(CheckpointCorruptError):
         record = _read_record(step, path)
         return record is not None and bool(record.unfinished)
@@ -1665,19 +1665,19 @@ def _is_unfinished(step: int, path: epath.Path) -> bool:
 
 
 def _array_folder(path: epath.Path) -> epath.Path:
-    """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
+    """The folder of a step's arrays, which `keras.callbacks.OrbaxCheckpoint` calls "pytree"."""
     return path / ("pytree" if (path / "pytree").exists() else "default")
 
 
 def _tree_paths(directory: epath.Path) -> list[str]:
-    """Where there are arrays in a tree of Orbax."""
+    """The paths of the arrays in an Orbax tree."""
     tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
 def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
-    """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
+    """The variables in a checkpoint of another tool: the guide's version, or Keras's callback."""
     paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
     variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
     for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
@@ -1694,7 +1694,7 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
 
 
 def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None) -> int | None:
-    """The step that is best by a metric and a direction: by default those that the newest record names."""
+    """The best step by a metric and a direction, by default those that the newest record names."""
     monitored = monitored or (records[max(records)].monitor if records else None)
     if monitored is None:
         return None
@@ -1705,7 +1705,7 @@ def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None
 
 
 def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
-    """The records of steps, as far as they can be read and are ours."""
+    """The records of those steps that have one and can be read."""
     records = {}
     for step, path in steps.items():
         with contextlib.suppress(CheckpointError):
@@ -1714,7 +1714,7 @@ def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
 
 
 def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]:
-    """All steps that there are, and where: the same on all processes."""
+    """All steps and their folders. Raises if the processes do not see the same steps."""
     with _agreed():
         steps = _steps(directory, prefix)
     seen = _gather(sorted(steps))
@@ -1728,8 +1728,8 @@ def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]
 
 class _Restored(NamedTuple):
     step: int | None
-    record: _Record | None  # None where others wrote the checkpoint
-    own: Any  # what this process has saved for itself
+    record: _Record | None  # None if another tool wrote the checkpoint
+    own: Any  # the state that this process saved
 
 
 _VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
@@ -1739,8 +1739,8 @@ _VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, 
 class _Restore:
     """A restore from a directory: which steps, into which variables, and how.
 
-    `variables_for` a step, its record and its folder are given its values; what it raises is raised. With `sets_aside`,
-    steps that are found damaged are renamed.
+    `variables_for(step, record, folder)` returns the variables to restore into; its errors propagate. With
+    `sets_aside`, damaged steps are renamed.
     """
 
     directory: epath.Path
@@ -1755,7 +1755,7 @@ class _Restore:
     has_freed: bool = False
 
     def run(self, step: int | str | None) -> _Restored | None:
-        """The newest step that is intact, or that step. None where the directory is empty."""
+        """Restores `step`, or the newest intact one. Returns None if the directory has no steps."""
         steps = _steps_together(self.directory, self.prefix)
         step = self._chosen(step, steps)
         damaged: dict[int, Exception] = {}
@@ -1766,10 +1766,10 @@ class _Restore:
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
                 if is_damage and any(_gather(self._look(candidate) != before)):
-                    return self.run(step)  # a run that goes on has deleted or replaced it meanwhile
+                    return self.run(step)  # a run in progress has deleted or replaced it
                 if step is not None or not (is_damage or damaged):
                     raise
-                damaged[candidate] = error  # a mismatch is no way out, when newer ones are damaged
+                damaged[candidate] = error  # also a mismatch, when newer steps are damaged
             else:
                 self._report([steps[each] for each in damaged], damaged.values(), candidate)
                 return restored
@@ -1796,7 +1796,7 @@ class _Restore:
         return step
 
     def _look(self, step: int) -> Any:
-        """What tells a step from another one of its number."""
+        """What distinguishes this step from a later one with the same number."""
         if (path := _steps(self.directory, self.prefix).get(step)) is None:
             return None
         try:
@@ -1805,7 +1805,7 @@ class _Restore:
             return path.name, error.errno
 
     def _one(self, step: int, path: epath.Path) -> _Restored:
-        """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
+        """Checks, reads, verifies and assigns a step. CheckpointCorruptError if it is damaged."""
         with _agreed():
             record = _read_record(step, path)
             with _reading(step, path):
@@ -1838,18 +1838,18 @@ class _Restore:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        for layer in _layers(self.model_of()):  # Normalization, for one, computes with what it derives from variables
+        for layer in _layers(self.model_of()):  # for layers such as Normalization, which caches values derived from its variables
             if hasattr(layer, "finalize_state") and layer.variables:
                 layer.finalize_state()
         return _Restored(step, record, own)
 
     def _report(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
-        """Warns of damaged steps, and sets them aside; nothing is deleted."""
+        """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
         if not paths:
             return
         with _agreed():
             is_mine = self.sets_aside and jax.process_index() == 0
-            # Retention in another run may have deleted one meanwhile.
+            # Another run's retention may have deleted one in the meantime.
             names = [_set_aside(path, _DAMAGED) for path in paths if is_mine and path.exists()]
         aside = f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
@@ -1857,7 +1857,7 @@ class _Restore:
 
 
 def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
-    """Reads all that there is of a step, with a progress bar. CheckpointCorruptError where something is damaged."""
+    """Reads everything in a step, with a progress bar. CheckpointCorruptError if anything is damaged."""
     print(f"Step {step}:", flush=True)
     with _reading(step, path):
         folder = _array_folder(path)
@@ -1879,27 +1879,27 @@ def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
 
 
 def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The model as Keras's JSON, and its assets; or why there is none."""
+    """The model as Keras's JSON, and its assets; or, if it cannot be serialized, the error."""
     try:
         with _serialization(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of lambdas: load_model() refuses them
+            warnings.simplefilter("ignore")  # about lambdas: load_model() refuses them
             config: Any = keras.saving.serialize_keras_object(model)
             policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            config = {**config, "dtype_policy": policy, "lora": lora}  # which configs of layers around leave out
+            config = {**config, "dtype_policy": policy, "lora": lora}  # missing from the configs of enclosing layers
             return json.loads(json.dumps(config)), _saved_assets(model)
-    except Exception as error:  # any, from the user's own get_config(); saving goes on without
+    except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {error}"}, {}
 
 
 def _lora(layer: keras.layers.Layer) -> list[Any]:
-    """Rank and alpha of the LoRA of a layer, if that was enabled."""
+    """Rank and alpha of a layer's LoRA; empty if it is not enabled."""
     enabled = getattr(layer, "lora_enabled", False) and hasattr(layer, "enable_lora")
     return [layer.lora_rank, getattr(layer, "lora_alpha", layer.lora_rank)] if enabled else []
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
-    """The assets of a model, such as vocabularies: the contents of files by name."""
+    """The assets of a model, such as vocabularies: file contents by file name."""
     with tempfile.TemporaryDirectory() as folder:
         _walk_assets(model, folder)
         files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
@@ -1907,10 +1907,10 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 
 def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **scope: Any) -> keras.Model:
-    """The model that was described, with variables of the same paths, but not of the same values."""
+    """The model rebuilt from its config, whose variables have the saved paths but not yet the saved values."""
     earlier = keras.config.dtype_policy()
     with _serialization(**scope), contextlib.ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, earlier)  # by which compile() scales the loss or does not
+        stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
         for place, (rank, alpha) in record.model["lora"].items():
@@ -1921,12 +1921,12 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         saved = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
         for live, place in _pair_ends([each.path for each in variables], [path for path, _ in saved]).items():
             _rename(variables[live], saved[place][0])
-            if variables[live].trainable != saved[place][1]:  # which configs leave out of layers inside of others
+            if variables[live].trainable != saved[place][1]:  # missing from the configs of nested layers
                 variables[live].trainable = saved[place][1]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
-    if archive and assets:  # outside of safe mode, as Keras does it: these are files
+    if archive and assets:  # outside safe mode, as in Keras: these are files
         with tempfile.TemporaryDirectory() as folder:
             archive.extractall(folder, assets)
             _walk_assets(model, os.path.join(folder, "assets"), load=True)
@@ -1934,13 +1934,13 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
 
 
 def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
-    """{live: saved} of the places of paths, for two models of one config.
+    """{live index: saved index} of the paths of two models with the same config.
 
-    These have their layers in the same order, but not with the same numbers. A layer may have its variables in another
-    order; their names then tell which is which.
+    Their layers come in the same order, but with other numbers. Variables within a layer may come in another order,
+    and are then told apart by their names.
     """
     pairs: dict[int, int] = {}
-    for length in (2, 1):  # of the names that have to agree
+    for length in (2, 1):  # how many names at the end of the paths must agree
         ends: dict[Any, tuple[list[int], list[int]]] = collections.defaultdict(lambda: ([], []))
         for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
             for place in sorted(set(range(len(paths))) - paired):
@@ -1953,7 +1953,7 @@ def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
-    """Layers that save more than variables, by a `save_own_variables` of their own."""
+    """Names of layers whose own `save_own_variables` saves more than their variables."""
     plain = keras.layers.Layer.save_own_variables
     own = [layer for layer in _layers(model) if type(layer).save_own_variables is not plain]
     names = []
@@ -1986,7 +1986,7 @@ def _is_count(value: Any) -> bool:
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
 
 
-_ELSEWHERE = {  # what other callbacks call it, and what does it here
+_ELSEWHERE = {  # arguments of other callbacks, and what to use here instead
     "filepath": "The directory is checkpoint_dir.",
     "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
     "save_weights_only": "All of the state is saved; restore_state(weights_only=True) restores the weights alone.",
@@ -1994,7 +1994,7 @@ _ELSEWHERE = {  # what other callbacks call it, and what does it here
 
 
 def _check_keywords(of: type, given: Iterable[str]) -> None:
-    """Raises for keywords that are neither those of a public class nor Orbax's, and says which are meant."""
+    """Raises for keywords that neither the public class `of` nor Orbax knows, with suggestions."""
     own = [name for each in (of, KerasOrbaxCheckpointManager) for name in inspect.signature(each).parameters]
     known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)}.difference(_OURS)
     lines = []
@@ -2027,7 +2027,7 @@ def _check_arguments(
 
 
 def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
-    """The absolute path of a directory, or one in a bucket."""
+    """The absolute path of a directory, or the URL of one in a bucket. ValueError for anything else."""
     path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
@@ -2042,7 +2042,7 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
 
 
 def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
-    """Tries both ways that lead to a bucket: gcsfs for Orbax and TensorStore for arrays."""
+    """Checks both ways to access a bucket: gcsfs, used by Orbax, and TensorStore, used for arrays."""
     try:
         _uncached(directory)
         if is_read_only:
@@ -2051,7 +2051,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
             probe.write_text("")
             del ts.KvStore.open(_kvstore(directory, "")["base"]).result()[probe.name]
-    except Exception as error:  # of any of the libraries on the way
+    except Exception as error:  # from any of the libraries involved
         raise OSError(
             errno.EIO,
             f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). It "
@@ -2060,7 +2060,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
 
 
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
-    """The path of a directory that can be written, made if it is not there."""
+    """The path of a directory that is writable, created if missing, or only readable with `read_only`."""
     directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
     if _is_bucket(directory):
         _check_bucket(directory, is_read_only)
@@ -2076,11 +2076,11 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return directory
 
 
-_SAVING: set[Any] = set()  # managers of this process with a save on its way
+_SAVING: set[Any] = set()  # managers of this process with a save in progress
 
 
 def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
-    """Waits for this process's saves in a directory. What has failed is for the manager that began it to raise."""
+    """Waits for this process's saves in a directory. A failed save is raised by the manager that started it."""
     for each in [each for each in list(_SAVING) if each.directory == directory]:
         try:
             each.wait_until_finished()
@@ -2092,13 +2092,13 @@ def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
 
 @functools.cache
 def _finish_before_exit() -> None:
-    """A script may end with a save: that is finished, too."""
+    """Finishes saves that are still in progress when the script ends."""
 
     def finish() -> None:
         for manager in list(_SAVING):
             try:
                 manager.wait_until_finished()
-            except Exception as error:  # nobody is left to raise it to
+            except Exception as error:  # there is no caller left to raise to
                 sys.excepthook(type(error), error, error.__traceback__)
 
     _before_threads_stop(finish)
