@@ -1621,7 +1621,7 @@ _CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "IN
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether an error while reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
+    """Whether an error in reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
     status = re.match("([A-Z_]+): ", str(error))
     if status and type(error) is ValueError:
         return status[1] in _CONTENT
@@ -1838,7 +1838,7 @@ class _Restore:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        for layer in _layers(self.model_of()):  # for layers such as Normalization, which caches values derived from its variables
+        for layer in _layers(self.model_of()):  # Normalization, for one, caches values derived from variables
             if hasattr(layer, "finalize_state") and layer.variables:
                 layer.finalize_state()
         return _Restored(step, record, own)
@@ -2163,13 +2163,13 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._monitor = monitor
         self._mode = mode
         self._description: Any = None  # of the model, before it is saved
-        self._failure: Exception | None = None  # of a save, that this manager has not raised yet
+        self._failure: Exception | None = None  # of a save, not raised yet
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix")
-        self._saving: tuple[int, str] | None = None  # the step and the id of the save that is on its way
+        self._saving: tuple[int, str] | None = None  # step and id of the save in progress
         self._is_writing = False  # until it is committed or has failed
-        self._known: dict[epath.Path, Any] = {}  # what retention has to know of the steps, by path
-        self._fitting = False  # the callback asks JAX for signals then
+        self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
+        self._fitting = False  # while True, the callback asks JAX for signals
         self._meetings = _Meetings()
         self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
@@ -2180,8 +2180,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """All options of Orbax's manager."""
-        # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
-        # them for minutes, even when the process ends.
+        # Creating folders in the background is racy in Orbax 0.11.20. If they cannot be created, threads wait for
+        # them for minutes, even when the process exits.
         waiting = given.pop("async_options", None) or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
@@ -2191,12 +2191,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {**ours, **self._retention(max_to_keep, given), **given}
 
     def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
-        """The options that say what is kept; takes those that it replaces out of `given`."""
+        """The options that say what is kept; removes those that they replace from `given`."""
         if "preservation_policy" in given:
             return {}
         if self._monitor is None:
             return {"max_to_keep": max_to_keep}
-        # Orbax's own best_fn with max_to_keep would delete the newest one when it is not among the best.
+        # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
         policies = [
             ocp.checkpoint_managers.LatestN(1),
             ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=max_to_keep),
@@ -2208,7 +2208,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {"preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
-        """How good a checkpoint is: the higher the better, NaN and missing the worst."""
+        """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
         value = metrics.get(str(self._monitor), math.nan)
         return -math.inf if math.isnan(value) else value if self._resolved_mode() == "max" else -value
 
@@ -2247,11 +2247,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return record.metrics if record else None
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
-        """For Orbax: committed steps, when they were committed and their metrics. Damaged ones have none."""
+        """For Orbax: the committed steps, when they were committed, and their metrics, which damaged ones lack."""
         steps = self._committed()
         for path in [path for path in steps.values() if path not in self._known]:
             nanoseconds, record = 0, None
-            with contextlib.suppress(Exception):  # of damage of any kind, which is for others to report
+            with contextlib.suppress(Exception):  # from any damage, which is reported on restore
                 metadata = _metadata(path)
                 nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
                 record = _Record.from_metadata(metadata)
@@ -2262,23 +2262,23 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
 
     def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
-        """The metrics that retention judges a step by. A best_fn of the user's is not asked about none."""
+        """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
         return metrics if metrics or self._monitor is not None else None
 
     def _unmark(self, step: int) -> None:
-        """Before a step is deleted."""
+        """Called before a step is deleted: removes its commit marker."""
         path = _steps(self.directory, self._prefix).get(step)
         if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
             _unmark(path)
 
     def _tidy(self) -> None:
-        """After each commit."""
+        """Called after each commit: removes leftovers."""
         self._is_writing = False
         if jax.process_index() == 0:
             _remove_leftovers(self.directory, self._prefix)
 
     def _start_run(self) -> None:
-        """Raises early what a save would raise later, and describes the model, which `fit` leaves without values."""
+        """Raises early what a save would raise later, and serializes the model while its variables have values."""
         self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
         self._describe()
         self._monitored()
@@ -2311,7 +2311,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
-        self._describe()  # which may have been compiled anew
+        self._describe()  # the model may have been recompiled
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -2325,10 +2325,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         force: bool = False,
         **notes: Any,
     ) -> bool:
-        """Starts to save everything under `step`. False where Orbax's options say that it is not to be saved.
+        """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
-        `values` are those of all variables where the model itself has not got them, `own` is what belongs to this very
-        process, of plain values and arrays, `notes` are small fields of the record. `metrics` are the epoch's logs.
+        `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
+        and arrays; `notes` are small fields of the record; `metrics` are the epoch's logs.
         """
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
@@ -2356,7 +2356,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return self._begin(step, record, items)
 
     def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What belongs to this process: the fields of the record, and the item "run" where it is not small."""
+        """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
         arrays: list[np.ndarray] = []
         packed = _pack(own, arrays)
@@ -2367,12 +2367,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {"own": None, "run": lengths}, {"run": {"rows": rows}}
 
     def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
-        """Hands a save to Orbax, which goes on with it in the background."""
+        """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._rows.save = self._meetings.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            _entries(self.directory)  # raises where it has been removed: Orbax would make another one
+            _entries(self.directory)  # raises if it has been removed: Orbax would create it again
             self.save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2390,11 +2390,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return True
 
     def _make_room(self, step: int) -> None:
-        """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
+        """Raises if the step is not above the newest one, unless that is a snapshot inside the epoch: it gives way."""
         if step > self._agreed_latest_step():
             return
         with _agreed():
-            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+            self.wait_until_finished()  # raises if the newest step is a save that has failed since
             path = _steps(self.directory, self._prefix).get(step)
             if path and jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
                 _set_aside(path, _REPLACED)
@@ -2405,17 +2405,17 @@ class KerasOrbaxCheckpointManager(_Hooked):
             )
 
     def _agreed_latest_step(self) -> int:
-        """What process 0 sees: it may rename a step before another process has looked. -1 where there is none."""
+        """The newest step as process 0 sees it, which may rename one before others look; -1 if there is none."""
         with _agreed():
             newest = self.latest_step()
         return _gather(-1 if newest is None else newest)[0]
 
     def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
-        """The metrics that are numbers. Warns if the monitored one is not there."""
+        """The metrics that are numbers. Warns if the monitored one is missing."""
         found = {}
         for name, value in (metrics or {}).items():
             if not isinstance(value, (str, bytes)) and getattr(value, "ndim", 0) == 0:
-                with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number that we can keep
+                with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number
                     found[str(name)] = float(value)
         if self._monitor is not None and self._monitor not in found and is_complete:
             _warn(
@@ -2460,7 +2460,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return found.step
 
     def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
-        """See `_Restore`; `how` are its strict, donate and own."""
+        """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
             _wait_for_saves(self.directory, self)
             self.wait_until_finished()
@@ -2484,7 +2484,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
 
     def _end_failed(self, saving: Any, error: Exception) -> None:
-        """Raises for a save, its step and id, that has failed. A warning, where it is committed for all that."""
+        """Raises for a failed save, given as step and id; only warns if the step was committed nevertheless."""
         step, save = saving or (-1, None)
         self._saving, self._is_writing = None, False
         _SAVING.discard(self)
@@ -2494,7 +2494,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             for _, path in [each for each in _temporary(self.directory, self._prefix) if each[0] == step]:
                 if jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
-            self.reload()  # Orbax has also forgotten the steps that the failed save would have replaced
+            self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
@@ -2515,7 +2515,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return not self._fitting and super().reached_preemption(step)
 
     def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
-        """Several processes that train each for itself would write over each other's arrays."""
+        """Raises if each process has variables of its own: they would overwrite each other's arrays."""
         if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
@@ -2595,7 +2595,7 @@ def load_model(
 
 # --------------------------------------------------------------------------------------------- signals
 
-_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
+_CALLS = itertools.count(1)  # by this number, JAX's processes agree on a call
 
 
 def _signals(given: Any) -> tuple[signal.Signals, ...]:
@@ -2612,10 +2612,10 @@ def _signals(given: Any) -> tuple[signal.Signals, ...]:
 
 
 class _Preemption:
-    """The signals that ask a `fit` to save and stop, until `undo` puts the earlier handlers back."""
+    """The signals that ask `fit` to save and stop, until `undo` restores the earlier handlers."""
 
     def __init__(self, signals: Sequence[signal.Signals], undo: contextlib.ExitStack):
-        self.received: Any = None  # the number of one
+        self.received: Any = None  # the number of the signal received
         self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
         self._earlier: dict[int, Any] = {}
         if _jax_owns_sigterm():
@@ -2637,7 +2637,7 @@ class _Preemption:
         self.received = number
 
     def is_due(self) -> bool:
-        """Whether one was received: with jax.distributed, the same call says so on all processes."""
+        """Whether a signal was received; with jax.distributed, True at the same call on all processes."""
         if self._asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
             self.received = signal.SIGTERM
         return self.received is not None
@@ -2660,31 +2660,31 @@ def _copies(variables: Iterable[keras.Variable]) -> list[jax.Array]:
 
 
 class _Pace:
-    """When a save is due by `save_freq`. "auto" saves as often as that takes no more than `_SHARE` of the time."""
+    """When a save is due by `save_freq`. "auto" saves as often as possible within `_SHARE` of the time."""
 
     _SHARE = 0.03
 
     def __init__(self, freq: Any, saved: int | None, manager: KerasOrbaxCheckpointManager):
         self._freq, self._manager, self._ask_at = freq, manager, 0
-        self.saved = saved  # how many batches the newest checkpoint is after
-        self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
+        self.saved = saved  # batches completed at the newest checkpoint
+        self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # number of saves, and the seconds that they cost
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
         self._start = self._saved_at = time.monotonic()
 
     def count_batch(self, seconds: float) -> None:
-        """Batches are slower while a save is being written."""
+        """Counts the time of a batch, which may be longer while a save is being written."""
         if not self._manager._is_writing:
             self._usual.append(seconds)
         elif self._usual:
             self._slower += seconds - statistics.median(self._usual)
 
     def count_save(self, batches: int, seconds: float) -> None:
-        """Counts a save, and how long training has waited for it."""
+        """Counts a save, and how long it blocked training."""
         self._blocked, self.saves = self._blocked + seconds, self.saves + 1
         self.saved, self._saved_at = batches, time.monotonic()
 
     def cost(self) -> float:
-        """The seconds that the saves have taken."""
+        """The seconds that the saves have cost."""
         return self._blocked + max(self._slower, 0)
 
     def share(self) -> float:
@@ -2705,14 +2705,15 @@ class _Pace:
         if jax.process_count() > 1:
             if batches < self._ask_at:
                 return False
-            # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
+            # Process 0 decides. All ask again after the number of batches expected until a save is due, but no later
+            # than after twice the batches since the last save.
             wait = (batches - saved) * min(1, max(left, 0) / (now - self._saved_at))
             left, self._ask_at = _gather([left, batches + int(wait)])[0]
         return left <= 0
 
 
 class _Run(keras.callbacks.Callback):
-    """One `fit`, from its start to its end. Stands behind all other callbacks, whose hooks are called before these."""
+    """One `fit`, from its start to its end. Placed last, so its hooks run after those of all other callbacks."""
 
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         super().__init__()
@@ -2724,9 +2725,9 @@ class _Run(keras.callbacks.Callback):
         self.members: list[Any] = [*callback._stateful, *datasets]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
-        self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
-        self.epoch = self.before = 0  # the present one, and the batches of the run before it
-        self.before_batch: tuple = ()  # references to the values of the variables, and the metrics
+        self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
+        self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
+        self.before_batch: tuple = ()  # references to the variables' values, and copies of the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
@@ -2762,7 +2763,7 @@ class _Run(keras.callbacks.Callback):
         _stand_between(self.fit, self.steps)
 
     def _check(self) -> None:
-        """Raises before anything is restored what a save would raise, and warns of what cannot be exact."""
+        """Before anything is restored, raises what a save would raise, and warns of what cannot resume exactly."""
         self.manager._start_run()
         for member in filter(None, self.members):
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
@@ -2790,7 +2791,7 @@ class _Run(keras.callbacks.Callback):
             )
 
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
-        """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
+        """Sets where the run continues after `step`, or raises if it cannot. Returns the variables to restore."""
         per_epoch = self.manager._steps_per_epoch
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
@@ -2799,7 +2800,7 @@ class _Run(keras.callbacks.Callback):
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
                 "changed. Use the same data and settings as before, or another directory."
             )
-        # A model that was compiled anew since a fit of this process was here keeps its new optimizer.
+        # If this process has already trained this far and then recompiled the model, the new optimizer is kept.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_new = is_of_here and self._model.optimizer is not optimizer
@@ -2807,11 +2808,11 @@ class _Run(keras.callbacks.Callback):
         return _variables(self._model, optimizer=not is_new, metrics=metrics)
 
     def _is_over(self, record: _Record | None) -> bool:
-        """Whether all epochs are done, or a callback has stopped a fit of as many."""
+        """Whether all epochs are done, or a callback stopped an earlier `fit` of at least as many."""
         return self.fit.epochs <= max(self.start.epoch, (record and record.stopped) or 0)
 
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
-        """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
+        """What has changed since the step was saved, as far as can be told before a batch is drawn."""
         start, iterator, calls = self.start, self.fit.epoch_iterator, self._model.steps_per_execution
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
@@ -2826,7 +2827,7 @@ class _Run(keras.callbacks.Callback):
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
-        if start.epoch == 0 and self.fit.initial_epoch:  # which Keras would prefer to 0
+        if start.epoch == 0 and self.fit.initial_epoch:  # Keras would start there, because 0 is falsy
             yield f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed"
         if record is None or saved is None:
             if iterator.steps_per_epoch is not None:
@@ -2861,7 +2862,7 @@ class _Run(keras.callbacks.Callback):
         self.say(f"{line}.")
 
     def _continue(self) -> None:
-        """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
+        """Restores the state of the run, as far as possible before the epoch begins."""
         _, record, own = self.restored
         for history in self._histories() if "history" in own else ():
             vars(history).update(_copied(own["history"]))
@@ -2872,7 +2873,7 @@ class _Run(keras.callbacks.Callback):
         _start_at_epoch(self._model, self.fit.epochs if self._is_over(record) else self.start.epoch)
 
     def _put_back(self, own: Mapping[str, Any]) -> None:
-        """What belongs to the run beside the variables."""
+        """Restores the state of the run other than variables."""
         for member, state in zip(self.members, own.get("members", ())):
             if member and state is not None:
                 member.put(state)
@@ -2886,13 +2887,13 @@ class _Run(keras.callbacks.Callback):
     # Batches.
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        _start_at_epoch(self._model, None)  # fit has read it, and a callback may fit as well
+        _start_at_epoch(self._model, None)  # fit has read it, and a callback may call fit too
         self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
         if self.is_inside:
             self.before -= self.start.batch
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
-        """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
+        """Passes Keras's steps of an epoch on to `fit`: skips those already trained on, and saves when due."""
         place: list[int] = []
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
             if iterator is not self.reader.iterator:
@@ -2912,7 +2913,7 @@ class _Run(keras.callbacks.Callback):
             yield from self._arrive(place)
 
     def _open(self, iterator: Iterator) -> None:
-        """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
+        """Wraps a new iterator of Keras. In a resumed run, first skips the batches already trained on."""
         is_first, resumable, batches = not self.reader.count, self.callback._resumable, self.reader.batches
         self.reader = _Reader(iterator, self._origin, batches)
         while resumable is not None and resumable.stale:
@@ -2930,7 +2931,7 @@ class _Run(keras.callbacks.Callback):
             _count_as_seen(self.fit, count - self.start.batch)
 
     def _origin(self) -> dict[str, Any]:
-        """What decides the batches of a pass over the data."""
+        """The state that determines the batches of a pass over the data."""
         members = [member.copy() if member and member is self.dataset else None for member in self.members]
         return {"random": _random_state(), "members": members}
 
@@ -2947,7 +2948,7 @@ class _Run(keras.callbacks.Callback):
                 ) from None
 
     def _compare_last(self) -> None:
-        """Reports where the last batch skipped is not the one that was trained on."""
+        """Raises or warns if the last skipped batch is not the one that was trained on."""
         step, record, own = self.restored
         saved, found = own["last"], _fingerprint(self.reader.last)
         if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
@@ -2959,7 +2960,7 @@ class _Run(keras.callbacks.Callback):
                 "the same data as before, or use another directory."
             )
         if self.dataset and self.reader.count > self.start.batch:
-            return  # it may have changed since this pass began, in an earlier epoch
+            return  # this pass began in an earlier epoch, and the dataset may have changed since
         _warn(
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
             "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
@@ -2967,7 +2968,7 @@ class _Run(keras.callbacks.Callback):
         )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
-        """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
+        """Called before the first batch not yet trained on: undoes whatever has changed while resuming."""
         self.is_inside = False
         *others, metrics = _train_state(self._model)
         references, values = self.before_batch
@@ -2977,14 +2978,14 @@ class _Run(keras.callbacks.Callback):
             for variable, value in zip(metrics, values):
                 variable.assign(value)
         self._put_back(self.restored.own)
-        if self.start.batch:  # fit wants logs, if only validation is left
+        if self.start.batch:  # fit needs logs, if only validation is left
             self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
             yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
     def _end_training(self) -> None:
-        """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
+        """After the last batch, copies what validation may change: a resumed run repeats the validation."""
         if self.fit.held_out is None or self._model.stop_training:
             return
         trained, fixed, _, metrics = _train_state(self._model)
@@ -2995,7 +2996,7 @@ class _Run(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self.before_validation and _are_replaced(self.before_validation[0], _train_state(self._model)[:2]):
-            self.before_validation = None  # another callback has swapped weights until validation ends: signals wait
+            self.before_validation = None  # a callback swaps weights for the validation: signals wait until it ends
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.before_validation is None or not self.preemption.is_due():
@@ -3024,7 +3025,7 @@ class _Run(keras.callbacks.Callback):
     # Ending.
 
     def end(self, is_complete: bool = False) -> None:
-        """However `fit` ends: nothing of the run is left in the model, and what was being saved is on disk."""
+        """Called however `fit` ends: waits for saves, and removes everything that the run has set on the model."""
         error, callback, self.before_validation = sys.exc_info()[1], self.callback, None
         with self.undo:
             try:
@@ -3040,10 +3041,10 @@ class _Run(keras.callbacks.Callback):
         if failure is not None:  # not to hide the first error
             _warn(f"The last save failed as well: {failure!r}")
         if isinstance(error, Exception) and self.preemption and self.preemption.received is not None:
-            signal.raise_signal(self.preemption.received)  # what fit raises must not hide it
+            signal.raise_signal(self.preemption.received)  # an error in fit must not swallow the signal
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.manager.wait_until_finished()  # raises what has failed
+        self.manager.wait_until_finished()  # raises if a save has failed
         if self.callback._save_freq == "auto":
             self.say(f"Saved {self.pace.saves} times, which took {self.pace.share():.1%} of the time.")
         if self.preemption.received is not None:
@@ -3058,7 +3059,7 @@ class _Run(keras.callbacks.Callback):
         return [member and member.get() for member in self.members]
 
     def _belongings(self, states: list[Any], is_epoch_end: bool = False) -> dict[str, Any]:
-        """What belongs to a checkpoint at this very moment beside variables; `states` are those of the members."""
+        """The current state of the run other than variables; `states` are those of the members."""
         history = self._histories()[:1]
         return self._position_in_data(is_epoch_end) | {
             "random": _random_state(),
@@ -3069,7 +3070,7 @@ class _Run(keras.callbacks.Callback):
         }
 
     def _position_in_data(self, is_epoch_end: bool) -> dict[str, Any]:
-        """How the next batch is found again: how Keras's iterator came about, and how many batches it has given."""
+        """How to find the next batch again: the state before Keras's iterator began, and the batches read from it."""
         reader = self.reader
         if self.callback._resumable is not None:
             return {"state": self.callback._resumable.state(reader.count)}
@@ -3088,14 +3089,14 @@ class _Run(keras.callbacks.Callback):
             started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
             for member in filter(None, self.members):
-                member.copy()  # names it, if it is the state of one of these that cannot be saved
+                member.copy()  # raises with a name, if it is one of these that cannot be saved
             raise
         if started:
             self.pace.count_save(self.reader.batches, time.monotonic() - start)
         return started
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
-        """Saves a snapshot inside the epoch, of these values in validation; leaves if that is asked for."""
+        """Saves a snapshot inside the epoch, during validation of the given values; then leaves if a signal asks to."""
         batches = self.reader.batches
         if batches != self.pace.saved:
             self._model.jax_state_sync()
@@ -3229,7 +3230,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._save_freq = save_freq
         self._verbose = verbose
         self._resumable: _Resumable | None = None
-        self._done: tuple[int, Any] = 0, None  # the epochs of its fits, and the optimizer of the last one
+        self._done: tuple[int, Any] = 0, None  # epochs completed by this callback, and the optimizer at that time
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
@@ -3276,7 +3277,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
                 f"{model.name!r}. Make the callback with the model that you fit."
             )
-        # `fit` is iterating over this list, and gets to its new end. The user's own may hold the run of a fit before.
+        # `fit` is iterating over this list and will reach its new end. A CallbackList of the user's may still hold the
+        # run of an earlier fit.
         callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [_Run(self, fit)]
 
 
@@ -3284,10 +3286,10 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
 
 def _row(path: epath.Path, record: _Record | None) -> list[str]:
-    """The columns about a step. Variables and parameters are those that Keras's summary counts."""
+    """The table columns of a step. Variables and parameters are counted as in Keras's summary."""
     at = record and record.position
     place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
-    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # not there, where an older Orbax wrote it
+    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
     specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
@@ -3297,7 +3299,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 
 
 def _look(directory: str, verify: bool) -> bool:
-    """Prints what is in a directory. Whether all of it is intact, as far as that was looked at."""
+    """Prints what is in a directory. Returns whether everything that was read is intact."""
     steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
     rows, records, problems, result = {}, {}, [], "All arrays are intact."
     for step, path in sorted(steps.items()):
