@@ -1493,18 +1493,18 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 
 
 # --------------------------------------------------------------------------------- reading a directory
-# Everything here is a function of the directory as it is now. While others write to it, a step may vanish at any time;
-# what marks it as committed goes first.
+# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time,
+# its commit marker first.
 
 _METADATA = "_CHECKPOINT_METADATA"
-_COMMITTED = "commit_success.txt"  # what makes a step of a folder in a bucket
+_COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
-    """What is in a directory. A bucket has no empty ones."""
+    """What is in a directory. In a bucket, empty directories do not exist."""
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
@@ -1524,16 +1524,16 @@ def _is_committed(path: epath.Path) -> bool:
 
 
 def _unmark(path: epath.Path) -> None:
-    """Makes a step one no more, in one go: what is left of it is in nobody's way."""
+    """Deletes the commit marker of a step, atomically: what is left of the folder no longer counts as a step."""
     for name in (_COMMITTED, _METADATA):
         (path / name).unlink(missing_ok=True)
 
 
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
-    """Folders by step: committed ones, ones without metadata, and ones that are being replaced."""
+    """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
     committed = {path for path, _ in found if _is_committed(path)}
-    if prefix is ...:  # whatever there is: plain numbers first
+    if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
     steps: dict[int, epath.Path] = {}
@@ -1547,21 +1547,21 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
 
 
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
-    """The steps in a directory, by any prefix if none is given, and where they are.
+    """The steps in a directory and their folders; with any prefix, if none is given.
 
     A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
-    step, but below a committed one it is the rest of a deletion.
+    step if it is above all committed ones, or else what a deletion left behind.
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
     if _is_bucket(directory):
         bare = {}
-    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # or a run of its own
+    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # else another run
     return damaged | replaced | steps
 
 
 def _nothing_in(directory: epath.Path) -> str:
-    """Says that a directory holds no steps, and which one near it does."""
+    """An error message: the directory holds no steps, but one nearby does."""
     is_there, near = directory.exists(), []
     text = f"There is no checkpoint in {directory}{'' if is_there else ': no such file or directory'}."
     with contextlib.suppress(Exception):  # of a bucket, of any kind: this is only a hint
@@ -1574,21 +1574,21 @@ def _nothing_in(directory: epath.Path) -> str:
 
 
 def _existing_steps(directory: epath.Path) -> dict[int, epath.Path]:
-    """The steps in a directory. FileNotFoundError says where there are some, if there are none."""
+    """The steps in a directory. If there are none, the FileNotFoundError names directories nearby that have some."""
     if steps := _steps(directory) if directory.exists() else {}:
         return steps
     raise FileNotFoundError(_nothing_in(directory))
 
 
 def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
-    """Folders of steps that are not committed. In a bucket, Orbax does not rename: it adds a file in the end."""
+    """Folders of uncommitted steps. In a bucket, Orbax does not rename on commit, but adds a file at the end."""
     found = [(path, match) for path in _entries(directory) if (match := _TEMPORARY.fullmatch(path.name))]
     temporary = [(int(match["step"]), path) for path, match in found if match["prefix"] == prefix]
     return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
 
 
 def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
-    """What killed saves and deletions have left at or below the newest step, and what has been replaced."""
+    """Removes what killed saves and deletions left at or below the newest step, and replaced snapshots."""
     steps, bare, replaced = _folders(directory, prefix)
     for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
         if step <= max(steps, default=-1):
@@ -1596,7 +1596,7 @@ def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
 
 
 def _set_aside(path: epath.Path, ending: str) -> str:
-    """Renames a step, so that its number is free; the new name."""
+    """Renames a step, so that its number can be saved again. Returns the new name."""
     names = itertools.chain([f"{path.name}{ending}"], (f"{path.name}{ending}-{n}" for n in itertools.count(2)))
     name = next(name for name in names if not (path.parent / name).exists())
     _move(path, path.parent / name)
@@ -1606,7 +1606,7 @@ def _set_aside(path: epath.Path, ending: str) -> str:
 
 
 def _flush(folder: epath.Path, recursive: bool = True) -> None:
-    """Waits until a folder, and all that is in it, is on the disk."""
+    """Flushes a folder, or a file, and everything in it to disk."""
     for path in _entries(folder) if recursive else ():
         _flush(path, path.is_dir())
     descriptor = os.open(folder, os.O_RDONLY)
@@ -1616,7 +1616,7 @@ def _flush(folder: epath.Path, recursive: bool = True) -> None:
         os.close(descriptor)
 
 
-# What TensorStore's errors begin with, when they are about what is stored and not about reaching it.
+# The status codes of TensorStore's errors that are about content, not about reaching the store.
 _CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "INVALID_ARGUMENT")
 
 
@@ -1646,18 +1646,18 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
-    """What Orbax keeps beside a step's arrays. Its own metadata() reads a lot more, and not everywhere."""
+    """Orbax's metadata of a step. Its own metadata() reads a lot more, and does not work everywhere."""
     return json.loads((path / _METADATA).read_text())
 
 
 def _read_record(step: int, path: epath.Path) -> _Record | None:
-    """The record of a step, None where others wrote it. CheckpointCorruptError if it cannot be read."""
+    """The record of a step; None if another tool wrote it. CheckpointCorruptError if it is damaged."""
     with _reading(step, path):
         return _Record.from_metadata(_metadata(path))
 
 
 def _is_unfinished(step: int, path: epath.Path) -> bool:
-    """Whether a step is a snapshot inside an epoch, whose end may get the same number."""
+    """Whether a step is a snapshot inside an epoch, whose end may get the same step."""
     with contextlib.suppress(CheckpointCorruptError):
         record = _read_record(step, path)
         return record is not None and bool(record.unfinished)
@@ -1665,19 +1665,19 @@ def _is_unfinished(step: int, path: epath.Path) -> bool:
 
 
 def _array_folder(path: epath.Path) -> epath.Path:
-    """Where a step has its arrays: "pytree" is what `keras.callbacks.OrbaxCheckpoint` calls it."""
+    """The folder of a step's arrays, which `keras.callbacks.OrbaxCheckpoint` calls "pytree"."""
     return path / ("pytree" if (path / "pytree").exists() else "default")
 
 
 def _tree_paths(directory: epath.Path) -> list[str]:
-    """Where there are arrays in a tree of Orbax."""
+    """The paths of the arrays in an Orbax tree."""
     tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
 def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
-    """What there is in a checkpoint that others wrote: the guide's own version, or Keras's callback."""
+    """The variables in a checkpoint of another tool: the guide's version, or Keras's callback."""
     paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
     variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
     for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
@@ -1694,7 +1694,7 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
 
 
 def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None) -> int | None:
-    """The step that is best by a metric and a direction: by default those that the newest record names."""
+    """The best step by a metric and a direction, by default those that the newest record names."""
     monitored = monitored or (records[max(records)].monitor if records else None)
     if monitored is None:
         return None
@@ -1705,7 +1705,7 @@ def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None
 
 
 def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
-    """The records of steps, as far as they can be read and are ours."""
+    """The records of those steps that have one and can be read."""
     records = {}
     for step, path in steps.items():
         with contextlib.suppress(CheckpointError):
@@ -1714,7 +1714,7 @@ def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
 
 
 def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]:
-    """All steps that there are, and where: the same on all processes."""
+    """All steps and their folders. Raises if the processes do not see the same steps."""
     with _agreed():
         steps = _steps(directory, prefix)
     seen = _gather(sorted(steps))
@@ -1728,8 +1728,8 @@ def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]
 
 class _Restored(NamedTuple):
     step: int | None
-    record: _Record | None  # None where others wrote the checkpoint
-    own: Any  # what this process has saved for itself
+    record: _Record | None  # None if another tool wrote the checkpoint
+    own: Any  # the state that this process saved
 
 
 _VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
@@ -1739,8 +1739,8 @@ _VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, 
 class _Restore:
     """A restore from a directory: which steps, into which variables, and how.
 
-    `variables_for` a step, its record and its folder are given its values; what it raises is raised. With `sets_aside`,
-    steps that are found damaged are renamed.
+    `variables_for(step, record, folder)` returns the variables to restore into; its errors propagate. With
+    `sets_aside`, damaged steps are renamed.
     """
 
     directory: epath.Path
@@ -1755,7 +1755,7 @@ class _Restore:
     has_freed: bool = False
 
     def run(self, step: int | str | None) -> _Restored | None:
-        """The newest step that is intact, or that step. None where the directory is empty."""
+        """Restores `step`, or the newest intact one. Returns None if the directory has no steps."""
         steps = _steps_together(self.directory, self.prefix)
         step = self._chosen(step, steps)
         damaged: dict[int, Exception] = {}
@@ -1766,10 +1766,10 @@ class _Restore:
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
                 if is_damage and any(_gather(self._look(candidate) != before)):
-                    return self.run(step)  # a run that goes on has deleted or replaced it meanwhile
+                    return self.run(step)  # a run in progress has deleted or replaced it
                 if step is not None or not (is_damage or damaged):
                     raise
-                damaged[candidate] = error  # a mismatch is no way out, when newer ones are damaged
+                damaged[candidate] = error  # also a mismatch, when newer steps are damaged
             else:
                 self._report([steps[each] for each in damaged], damaged.values(), candidate)
                 return restored
@@ -1796,7 +1796,7 @@ class _Restore:
         return step
 
     def _look(self, step: int) -> Any:
-        """What tells a step from another one of its number."""
+        """What distinguishes this step from a later one with the same number."""
         if (path := _steps(self.directory, self.prefix).get(step)) is None:
             return None
         try:
@@ -1805,7 +1805,7 @@ class _Restore:
             return path.name, error.errno
 
     def _one(self, step: int, path: epath.Path) -> _Restored:
-        """Check, read, verify, assign. CheckpointCorruptError if it is damaged."""
+        """Checks, reads, verifies and assigns a step. CheckpointCorruptError if it is damaged."""
         with _agreed():
             record = _read_record(step, path)
             with _reading(step, path):
@@ -1838,18 +1838,18 @@ class _Restore:
             _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        for layer in _layers(self.model_of()):  # Normalization, for one, computes with what it derives from variables
+        for layer in _layers(self.model_of()):  # Normalization, for one, caches values derived from variables
             if hasattr(layer, "finalize_state") and layer.variables:
                 layer.finalize_state()
         return _Restored(step, record, own)
 
     def _report(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
-        """Warns of damaged steps, and sets them aside; nothing is deleted."""
+        """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
         if not paths:
             return
         with _agreed():
             is_mine = self.sets_aside and jax.process_index() == 0
-            # Retention in another run may have deleted one meanwhile.
+            # Another run's retention may have deleted one in the meantime.
             names = [_set_aside(path, _DAMAGED) for path in paths if is_mine and path.exists()]
         aside = f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
@@ -1857,7 +1857,7 @@ class _Restore:
 
 
 def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
-    """Reads all that there is of a step, with a progress bar. CheckpointCorruptError where something is damaged."""
+    """Reads everything in a step, with a progress bar. CheckpointCorruptError if anything is damaged."""
     print(f"Step {step}:", flush=True)
     with _reading(step, path):
         folder = _array_folder(path)
@@ -1879,27 +1879,27 @@ def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
 
 
 def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The model as Keras's JSON, and its assets; or why there is none."""
+    """The model as Keras's JSON, and its assets; or, if it cannot be serialized, the error."""
     try:
         with _serialization(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of lambdas: load_model() refuses them
+            warnings.simplefilter("ignore")  # about lambdas: load_model() refuses them
             config: Any = keras.saving.serialize_keras_object(model)
             policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            config = {**config, "dtype_policy": policy, "lora": lora}  # which configs of layers around leave out
+            config = {**config, "dtype_policy": policy, "lora": lora}  # missing from the configs of enclosing layers
             return json.loads(json.dumps(config)), _saved_assets(model)
-    except Exception as error:  # any, from the user's own get_config(); saving goes on without
+    except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {error}"}, {}
 
 
 def _lora(layer: keras.layers.Layer) -> list[Any]:
-    """Rank and alpha of the LoRA of a layer, if that was enabled."""
+    """Rank and alpha of a layer's LoRA; empty if it is not enabled."""
     enabled = getattr(layer, "lora_enabled", False) and hasattr(layer, "enable_lora")
     return [layer.lora_rank, getattr(layer, "lora_alpha", layer.lora_rank)] if enabled else []
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
-    """The assets of a model, such as vocabularies: the contents of files by name."""
+    """The assets of a model, such as vocabularies: file contents by file name."""
     with tempfile.TemporaryDirectory() as folder:
         _walk_assets(model, folder)
         files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
@@ -1907,10 +1907,10 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 
 def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **scope: Any) -> keras.Model:
-    """The model that was described, with variables of the same paths, but not of the same values."""
+    """The model rebuilt from its config, whose variables have the saved paths but not yet the saved values."""
     earlier = keras.config.dtype_policy()
     with _serialization(**scope), contextlib.ExitStack() as stack:
-        stack.callback(keras.config.set_dtype_policy, earlier)  # by which compile() scales the loss or does not
+        stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
         for place, (rank, alpha) in record.model["lora"].items():
@@ -1921,12 +1921,12 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         saved = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
         for live, place in _pair_ends([each.path for each in variables], [path for path, _ in saved]).items():
             _rename(variables[live], saved[place][0])
-            if variables[live].trainable != saved[place][1]:  # which configs leave out of layers inside of others
+            if variables[live].trainable != saved[place][1]:  # missing from the configs of nested layers
                 variables[live].trainable = saved[place][1]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
-    if archive and assets:  # outside of safe mode, as Keras does it: these are files
+    if archive and assets:  # outside safe mode, as in Keras: these are files
         with tempfile.TemporaryDirectory() as folder:
             archive.extractall(folder, assets)
             _walk_assets(model, os.path.join(folder, "assets"), load=True)
@@ -1934,13 +1934,13 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
 
 
 def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
-    """{live: saved} of the places of paths, for two models of one config.
+    """{live index: saved index} of the paths of two models with the same config.
 
-    These have their layers in the same order, but not with the same numbers. A layer may have its variables in another
-    order; their names then tell which is which.
+    Their layers come in the same order, but with other numbers. Variables within a layer may come in another order,
+    and are then told apart by their names.
     """
     pairs: dict[int, int] = {}
-    for length in (2, 1):  # of the names that have to agree
+    for length in (2, 1):  # how many names at the end of the paths must agree
         ends: dict[Any, tuple[list[int], list[int]]] = collections.defaultdict(lambda: ([], []))
         for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
             for place in sorted(set(range(len(paths))) - paired):
@@ -1953,7 +1953,7 @@ def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
-    """Layers that save more than variables, by a `save_own_variables` of their own."""
+    """Names of layers whose own `save_own_variables` saves more than their variables."""
     plain = keras.layers.Layer.save_own_variables
     own = [layer for layer in _layers(model) if type(layer).save_own_variables is not plain]
     names = []
@@ -1986,7 +1986,7 @@ def _is_count(value: Any) -> bool:
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
 
 
-_ELSEWHERE = {  # what other callbacks call it, and what does it here
+_ELSEWHERE = {  # arguments of other callbacks, and what to use here instead
     "filepath": "The directory is checkpoint_dir.",
     "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
     "save_weights_only": "All of the state is saved; restore_state(weights_only=True) restores the weights alone.",
@@ -1994,7 +1994,7 @@ _ELSEWHERE = {  # what other callbacks call it, and what does it here
 
 
 def _check_keywords(of: type, given: Iterable[str]) -> None:
-    """Raises for keywords that are neither those of a public class nor Orbax's, and says which are meant."""
+    """Raises for keywords that neither the public class `of` nor Orbax knows, with suggestions."""
     own = [name for each in (of, KerasOrbaxCheckpointManager) for name in inspect.signature(each).parameters]
     known = {field.name for field in dataclasses.fields(ocp.CheckpointManagerOptions)}.difference(_OURS)
     lines = []
@@ -2027,7 +2027,7 @@ def _check_arguments(
 
 
 def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
-    """The absolute path of a directory, or one in a bucket."""
+    """The absolute path of a directory, or the URL of one in a bucket. ValueError for anything else."""
     path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
@@ -2042,7 +2042,7 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
 
 
 def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
-    """Tries both ways that lead to a bucket: gcsfs for Orbax and TensorStore for arrays."""
+    """Checks both ways to access a bucket: gcsfs, used by Orbax, and TensorStore, used for arrays."""
     try:
         _uncached(directory)
         if is_read_only:
@@ -2051,7 +2051,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
             probe.write_text("")
             del ts.KvStore.open(_kvstore(directory, "")["base"]).result()[probe.name]
-    except Exception as error:  # of any of the libraries on the way
+    except Exception as error:  # from any of the libraries involved
         raise OSError(
             errno.EIO,
             f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). It "
@@ -2060,7 +2060,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
 
 
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
-    """The path of a directory that can be written, made if it is not there."""
+    """The path of a directory that is writable, created if missing, or only readable with `read_only`."""
     directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
     if _is_bucket(directory):
         _check_bucket(directory, is_read_only)
@@ -2076,11 +2076,11 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return directory
 
 
-_SAVING: set[Any] = set()  # managers of this process with a save on its way
+_SAVING: set[Any] = set()  # managers of this process with a save in progress
 
 
 def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
-    """Waits for this process's saves in a directory. What has failed is for the manager that began it to raise."""
+    """Waits for this process's saves in a directory. A failed save is raised by the manager that started it."""
     for each in [each for each in list(_SAVING) if each.directory == directory]:
         try:
             each.wait_until_finished()
@@ -2092,13 +2092,13 @@ def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
 
 @functools.cache
 def _finish_before_exit() -> None:
-    """A script may end with a save: that is finished, too."""
+    """Finishes saves that are still in progress when the script ends."""
 
     def finish() -> None:
         for manager in list(_SAVING):
             try:
                 manager.wait_until_finished()
-            except Exception as error:  # nobody is left to raise it to
+            except Exception as error:  # there is no caller left to raise to
                 sys.excepthook(type(error), error, error.__traceback__)
 
     _before_threads_stop(finish)
@@ -2163,13 +2163,13 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._monitor = monitor
         self._mode = mode
         self._description: Any = None  # of the model, before it is saved
-        self._failure: Exception | None = None  # of a save, that this manager has not raised yet
+        self._failure: Exception | None = None  # of a save, not raised yet
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix")
-        self._saving: tuple[int, str] | None = None  # the step and the id of the save that is on its way
+        self._saving: tuple[int, str] | None = None  # step and id of the save in progress
         self._is_writing = False  # until it is committed or has failed
-        self._known: dict[epath.Path, Any] = {}  # what retention has to know of the steps, by path
-        self._fitting = False  # the callback asks JAX for signals then
+        self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
+        self._fitting = False  # while True, the callback asks JAX for signals
         self._meetings = _Meetings()
         self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
@@ -2180,8 +2180,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """All options of Orbax's manager."""
-        # Folders made in the background are a race in Orbax 0.11.20. Where they cannot be made, threads wait for
-        # them for minutes, even when the process ends.
+        # Creating folders in the background is racy in Orbax 0.11.20. If they cannot be created, threads wait for
+        # them for minutes, even when the process exits.
         waiting = given.pop("async_options", None) or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
@@ -2191,12 +2191,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {**ours, **self._retention(max_to_keep, given), **given}
 
     def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
-        """The options that say what is kept; takes those that it replaces out of `given`."""
+        """The options that say what is kept; removes those that they replace from `given`."""
         if "preservation_policy" in given:
             return {}
         if self._monitor is None:
             return {"max_to_keep": max_to_keep}
-        # Orbax's own best_fn with max_to_keep would delete the newest one when it is not among the best.
+        # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
         policies = [
             ocp.checkpoint_managers.LatestN(1),
             ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=max_to_keep),
@@ -2208,7 +2208,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {"preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
-        """How good a checkpoint is: the higher the better, NaN and missing the worst."""
+        """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
         value = metrics.get(str(self._monitor), math.nan)
         return -math.inf if math.isnan(value) else value if self._resolved_mode() == "max" else -value
 
@@ -2247,11 +2247,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return record.metrics if record else None
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
-        """For Orbax: committed steps, when they were committed and their metrics. Damaged ones have none."""
+        """For Orbax: the committed steps, when they were committed, and their metrics, which damaged ones lack."""
         steps = self._committed()
         for path in [path for path in steps.values() if path not in self._known]:
             nanoseconds, record = 0, None
-            with contextlib.suppress(Exception):  # of damage of any kind, which is for others to report
+            with contextlib.suppress(Exception):  # from any damage, which is reported on restore
                 metadata = _metadata(path)
                 nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
                 record = _Record.from_metadata(metadata)
@@ -2262,23 +2262,23 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
 
     def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
-        """The metrics that retention judges a step by. A best_fn of the user's is not asked about none."""
+        """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
         return metrics if metrics or self._monitor is not None else None
 
     def _unmark(self, step: int) -> None:
-        """Before a step is deleted."""
+        """Called before a step is deleted: removes its commit marker."""
         path = _steps(self.directory, self._prefix).get(step)
         if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
             _unmark(path)
 
     def _tidy(self) -> None:
-        """After each commit."""
+        """Called after each commit: removes leftovers."""
         self._is_writing = False
         if jax.process_index() == 0:
             _remove_leftovers(self.directory, self._prefix)
 
     def _start_run(self) -> None:
-        """Raises early what a save would raise later, and describes the model, which `fit` leaves without values."""
+        """Raises early what a save would raise later, and serializes the model while its variables have values."""
         self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
         self._describe()
         self._monitored()
@@ -2311,7 +2311,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
-        self._describe()  # which may have been compiled anew
+        self._describe()  # the model may have been recompiled
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -2325,10 +2325,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         force: bool = False,
         **notes: Any,
     ) -> bool:
-        """Starts to save everything under `step`. False where Orbax's options say that it is not to be saved.
+        """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
-        `values` are those of all variables where the model itself has not got them, `own` is what belongs to this very
-        process, of plain values and arrays, `notes` are small fields of the record. `metrics` are the epoch's logs.
+        `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
+        and arrays; `notes` are small fields of the record; `metrics` are the epoch's logs.
         """
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
@@ -2356,7 +2356,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return self._begin(step, record, items)
 
     def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What belongs to this process: the fields of the record, and the item "run" where it is not small."""
+        """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
         arrays: list[np.ndarray] = []
         packed = _pack(own, arrays)
@@ -2367,12 +2367,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return {"own": None, "run": lengths}, {"run": {"rows": rows}}
 
     def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
-        """Hands a save to Orbax, which goes on with it in the background."""
+        """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._rows.save = self._meetings.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            _entries(self.directory)  # raises where it has been removed: Orbax would make another one
+            _entries(self.directory)  # raises if it has been removed: Orbax would create it again
             self.save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2390,11 +2390,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return True
 
     def _make_room(self, step: int) -> None:
-        """Raises if the step is not above the newest one. A snapshot inside the epoch that ends as `step` gives way."""
+        """Raises if the step is not above the newest one, unless that is a snapshot inside the epoch: it gives way."""
         if step > self._agreed_latest_step():
             return
         with _agreed():
-            self.wait_until_finished()  # the newest may be a save that has failed since, and then this says so
+            self.wait_until_finished()  # raises if the newest step is a save that has failed since
             path = _steps(self.directory, self._prefix).get(step)
             if path and jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
                 _set_aside(path, _REPLACED)
@@ -2405,17 +2405,17 @@ class KerasOrbaxCheckpointManager(_Hooked):
             )
 
     def _agreed_latest_step(self) -> int:
-        """What process 0 sees: it may rename a step before another process has looked. -1 where there is none."""
+        """The newest step as process 0 sees it, which may rename one before others look; -1 if there is none."""
         with _agreed():
             newest = self.latest_step()
         return _gather(-1 if newest is None else newest)[0]
 
     def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
-        """The metrics that are numbers. Warns if the monitored one is not there."""
+        """The metrics that are numbers. Warns if the monitored one is missing."""
         found = {}
         for name, value in (metrics or {}).items():
             if not isinstance(value, (str, bytes)) and getattr(value, "ndim", 0) == 0:
-                with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number that we can keep
+                with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number
                     found[str(name)] = float(value)
         if self._monitor is not None and self._monitor not in found and is_complete:
             _warn(
@@ -2460,7 +2460,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return found.step
 
     def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
-        """See `_Restore`; `how` are its strict, donate and own."""
+        """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
             _wait_for_saves(self.directory, self)
             self.wait_until_finished()
@@ -2484,7 +2484,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
 
     def _end_failed(self, saving: Any, error: Exception) -> None:
-        """Raises for a save, its step and id, that has failed. A warning, where it is committed for all that."""
+        """Raises for a failed save, given as step and id; only warns if the step was committed nevertheless."""
         step, save = saving or (-1, None)
         self._saving, self._is_writing = None, False
         _SAVING.discard(self)
@@ -2494,7 +2494,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             for _, path in [each for each in _temporary(self.directory, self._prefix) if each[0] == step]:
                 if jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
-            self.reload()  # Orbax has also forgotten the steps that the failed save would have replaced
+            self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
@@ -2515,7 +2515,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return not self._fitting and super().reached_preemption(step)
 
     def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
-        """Several processes that train each for itself would write over each other's arrays."""
+        """Raises if each process has variables of its own: they would overwrite each other's arrays."""
         if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
@@ -2595,7 +2595,7 @@ def load_model(
 
 # --------------------------------------------------------------------------------------------- signals
 
-_CALLS = itertools.count(1)  # JAX finds a common call for all processes by this number
+_CALLS = itertools.count(1)  # by this number, JAX's processes agree on a call
 
 
 def _signals(given: Any) -> tuple[signal.Signals, ...]:
@@ -2612,10 +2612,10 @@ def _signals(given: Any) -> tuple[signal.Signals, ...]:
 
 
 class _Preemption:
-    """The signals that ask a `fit` to save and stop, until `undo` puts the earlier handlers back."""
+    """The signals that ask `fit` to save and stop, until `undo` restores the earlier handlers."""
 
     def __init__(self, signals: Sequence[signal.Signals], undo: contextlib.ExitStack):
-        self.received: Any = None  # the number of one
+        self.received: Any = None  # the number of the signal received
         self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
         self._earlier: dict[int, Any] = {}
         if _jax_owns_sigterm():
@@ -2637,7 +2637,7 @@ class _Preemption:
         self.received = number
 
     def is_due(self) -> bool:
-        """Whether one was received: with jax.distributed, the same call says so on all processes."""
+        """Whether a signal was received; with jax.distributed, True at the same call on all processes."""
         if self._asks_jax and ocp.multihost.reached_preemption(next(_CALLS)):
             self.received = signal.SIGTERM
         return self.received is not None
@@ -2660,31 +2660,31 @@ def _copies(variables: Iterable[keras.Variable]) -> list[jax.Array]:
 
 
 class _Pace:
-    """When a save is due by `save_freq`. "auto" saves as often as that takes no more than `_SHARE` of the time."""
+    """When a save is due by `save_freq`. "auto" saves as often as possible within `_SHARE` of the time."""
 
     _SHARE = 0.03
 
     def __init__(self, freq: Any, saved: int | None, manager: KerasOrbaxCheckpointManager):
         self._freq, self._manager, self._ask_at = freq, manager, 0
-        self.saved = saved  # how many batches the newest checkpoint is after
-        self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # how many, and the seconds that they took
+        self.saved = saved  # batches completed at the newest checkpoint
+        self.saves, self._blocked, self._slower = 0, 0.0, 0.0  # number of saves, and the seconds that they cost
         self._usual: collections.deque[float] = collections.deque(maxlen=25)  # seconds that a batch takes
         self._start = self._saved_at = time.monotonic()
 
     def count_batch(self, seconds: float) -> None:
-        """Batches are slower while a save is being written."""
+        """Counts the time of a batch, which may be longer while a save is being written."""
         if not self._manager._is_writing:
             self._usual.append(seconds)
         elif self._usual:
             self._slower += seconds - statistics.median(self._usual)
 
     def count_save(self, batches: int, seconds: float) -> None:
-        """Counts a save, and how long training has waited for it."""
+        """Counts a save, and how long it blocked training."""
         self._blocked, self.saves = self._blocked + seconds, self.saves + 1
         self.saved, self._saved_at = batches, time.monotonic()
 
     def cost(self) -> float:
-        """The seconds that the saves have taken."""
+        """The seconds that the saves have cost."""
         return self._blocked + max(self._slower, 0)
 
     def share(self) -> float:
@@ -2705,14 +2705,15 @@ class _Pace:
         if jax.process_count() > 1:
             if batches < self._ask_at:
                 return False
-            # Process 0 decides. All ask again after as many batches as come until then, at most twice as many.
+            # Process 0 decides. All ask again after the number of batches expected until a save is due, but no later
+            # than after twice the batches since the last save.
             wait = (batches - saved) * min(1, max(left, 0) / (now - self._saved_at))
             left, self._ask_at = _gather([left, batches + int(wait)])[0]
         return left <= 0
 
 
 class _Run(keras.callbacks.Callback):
-    """One `fit`, from its start to its end. Stands behind all other callbacks, whose hooks are called before these."""
+    """One `fit`, from its start to its end. Placed last, so its hooks run after those of all other callbacks."""
 
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         super().__init__()
@@ -2724,9 +2725,9 @@ class _Run(keras.callbacks.Callback):
         self.members: list[Any] = [*callback._stateful, *datasets]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
-        self.is_inside = False  # an epoch that goes on, until its first batch that has not been trained on
-        self.epoch = self.before = 0  # the present one, and the batches of the run before it
-        self.before_batch: tuple = ()  # references to the values of the variables, and the metrics
+        self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
+        self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
+        self.before_batch: tuple = ()  # references to the variables' values, and copies of the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
@@ -2762,7 +2763,7 @@ class _Run(keras.callbacks.Callback):
         _stand_between(self.fit, self.steps)
 
     def _check(self) -> None:
-        """Raises before anything is restored what a save would raise, and warns of what cannot be exact."""
+        """Before anything is restored, raises what a save would raise, and warns of what cannot resume exactly."""
         self.manager._start_run()
         for member in filter(None, self.members):
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
@@ -2790,7 +2791,7 @@ class _Run(keras.callbacks.Callback):
             )
 
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
-        """Decides where the run continues after `step`; raises if it cannot. The variables that this takes."""
+        """Sets where the run continues after `step`, or raises if it cannot. Returns the variables to restore."""
         per_epoch = self.manager._steps_per_epoch
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
@@ -2799,7 +2800,7 @@ class _Run(keras.callbacks.Callback):
                 f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
                 "changed. Use the same data and settings as before, or another directory."
             )
-        # A model that was compiled anew since a fit of this process was here keeps its new optimizer.
+        # If this process has already trained this far and then recompiled the model, the new optimizer is kept.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_new = is_of_here and self._model.optimizer is not optimizer
@@ -2807,11 +2808,11 @@ class _Run(keras.callbacks.Callback):
         return _variables(self._model, optimizer=not is_new, metrics=metrics)
 
     def _is_over(self, record: _Record | None) -> bool:
-        """Whether all epochs are done, or a callback has stopped a fit of as many."""
+        """Whether all epochs are done, or a callback stopped an earlier `fit` of at least as many."""
         return self.fit.epochs <= max(self.start.epoch, (record and record.stopped) or 0)
 
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
-        """What is not as it was when the step was saved, as far as that is known before a batch is drawn."""
+        """What has changed since the step was saved, as far as can be told before a batch is drawn."""
         start, iterator, calls = self.start, self.fit.epoch_iterator, self._model.steps_per_execution
         saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
         if saved is None and given:
@@ -2826,7 +2827,7 @@ class _Run(keras.callbacks.Callback):
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
-        if start.epoch == 0 and self.fit.initial_epoch:  # which Keras would prefer to 0
+        if start.epoch == 0 and self.fit.initial_epoch:  # Keras would start there, because 0 is falsy
             yield f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed"
         if record is None or saved is None:
             if iterator.steps_per_epoch is not None:
@@ -2861,7 +2862,7 @@ class _Run(keras.callbacks.Callback):
         self.say(f"{line}.")
 
     def _continue(self) -> None:
-        """Takes up the run at the checkpoint, as far as that is possible before the epoch begins."""
+        """Restores the state of the run, as far as possible before the epoch begins."""
         _, record, own = self.restored
         for history in self._histories() if "history" in own else ():
             vars(history).update(_copied(own["history"]))
@@ -2872,7 +2873,7 @@ class _Run(keras.callbacks.Callback):
         _start_at_epoch(self._model, self.fit.epochs if self._is_over(record) else self.start.epoch)
 
     def _put_back(self, own: Mapping[str, Any]) -> None:
-        """What belongs to the run beside the variables."""
+        """Restores the state of the run other than variables."""
         for member, state in zip(self.members, own.get("members", ())):
             if member and state is not None:
                 member.put(state)
@@ -2886,13 +2887,13 @@ class _Run(keras.callbacks.Callback):
     # Batches.
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        _start_at_epoch(self._model, None)  # fit has read it, and a callback may fit as well
+        _start_at_epoch(self._model, None)  # fit has read it, and a callback may call fit too
         self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
         if self.is_inside:
             self.before -= self.start.batch
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
-        """Keras's steps of an epoch on their way to `fit`: skips what was trained on, and saves where that is due."""
+        """Passes Keras's steps of an epoch on to `fit`: skips those already trained on, and saves when due."""
         place: list[int] = []
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
             if iterator is not self.reader.iterator:
@@ -2912,7 +2913,7 @@ class _Run(keras.callbacks.Callback):
             yield from self._arrive(place)
 
     def _open(self, iterator: Iterator) -> None:
-        """Takes over a new iterator of Keras. Where a run is continued, draws and drops what was trained on."""
+        """Wraps a new iterator of Keras. In a resumed run, first skips the batches already trained on."""
         is_first, resumable, batches = not self.reader.count, self.callback._resumable, self.reader.batches
         self.reader = _Reader(iterator, self._origin, batches)
         while resumable is not None and resumable.stale:
@@ -2930,7 +2931,7 @@ class _Run(keras.callbacks.Callback):
             _count_as_seen(self.fit, count - self.start.batch)
 
     def _origin(self) -> dict[str, Any]:
-        """What decides the batches of a pass over the data."""
+        """The state that determines the batches of a pass over the data."""
         members = [member.copy() if member and member is self.dataset else None for member in self.members]
         return {"random": _random_state(), "members": members}
 
@@ -2947,7 +2948,7 @@ class _Run(keras.callbacks.Callback):
                 ) from None
 
     def _compare_last(self) -> None:
-        """Reports where the last batch skipped is not the one that was trained on."""
+        """Raises or warns if the last skipped batch is not the one that was trained on."""
         step, record, own = self.restored
         saved, found = own["last"], _fingerprint(self.reader.last)
         if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
@@ -2959,7 +2960,7 @@ class _Run(keras.callbacks.Callback):
                 "the same data as before, or use another directory."
             )
         if self.dataset and self.reader.count > self.start.batch:
-            return  # it may have changed since this pass began, in an earlier epoch
+            return  # this pass began in an earlier epoch, and the dataset may have changed since
         _warn(
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
             "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
@@ -2967,7 +2968,7 @@ class _Run(keras.callbacks.Callback):
         )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
-        """The first batch that has not been trained on is next: whatever happened on the way here is taken back."""
+        """Called before the first batch not yet trained on: undoes whatever has changed while resuming."""
         self.is_inside = False
         *others, metrics = _train_state(self._model)
         references, values = self.before_batch
@@ -2977,14 +2978,14 @@ class _Run(keras.callbacks.Callback):
             for variable, value in zip(metrics, values):
                 variable.assign(value)
         self._put_back(self.restored.own)
-        if self.start.batch:  # fit wants logs, if only validation is left
+        if self.start.batch:  # fit needs logs, if only validation is left
             self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
             yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
     def _end_training(self) -> None:
-        """Notes, when all batches are trained on, what validation may change: a resumed run validates once more."""
+        """After the last batch, copies what validation may change: a resumed run repeats the validation."""
         if self.fit.held_out is None or self._model.stop_training:
             return
         trained, fixed, _, metrics = _train_state(self._model)
@@ -2995,7 +2996,7 @@ class _Run(keras.callbacks.Callback):
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self.before_validation and _are_replaced(self.before_validation[0], _train_state(self._model)[:2]):
-            self.before_validation = None  # another callback has swapped weights until validation ends: signals wait
+            self.before_validation = None  # a callback swaps weights for the validation: signals wait until it ends
 
     def on_test_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.before_validation is None or not self.preemption.is_due():
@@ -3024,7 +3025,7 @@ class _Run(keras.callbacks.Callback):
     # Ending.
 
     def end(self, is_complete: bool = False) -> None:
-        """However `fit` ends: nothing of the run is left in the model, and what was being saved is on disk."""
+        """Called however `fit` ends: waits for saves, and removes everything that the run has set on the model."""
         error, callback, self.before_validation = sys.exc_info()[1], self.callback, None
         with self.undo:
             try:
@@ -3040,10 +3041,10 @@ class _Run(keras.callbacks.Callback):
         if failure is not None:  # not to hide the first error
             _warn(f"The last save failed as well: {failure!r}")
         if isinstance(error, Exception) and self.preemption and self.preemption.received is not None:
-            signal.raise_signal(self.preemption.received)  # what fit raises must not hide it
+            signal.raise_signal(self.preemption.received)  # an error in fit must not swallow the signal
 
     def on_train_end(self, logs: Any = None) -> None:
-        self.manager.wait_until_finished()  # raises what has failed
+        self.manager.wait_until_finished()  # raises if a save has failed
         if self.callback._save_freq == "auto":
             self.say(f"Saved {self.pace.saves} times, which took {self.pace.share():.1%} of the time.")
         if self.preemption.received is not None:
@@ -3058,7 +3059,7 @@ class _Run(keras.callbacks.Callback):
         return [member and member.get() for member in self.members]
 
     def _belongings(self, states: list[Any], is_epoch_end: bool = False) -> dict[str, Any]:
-        """What belongs to a checkpoint at this very moment beside variables; `states` are those of the members."""
+        """The current state of the run other than variables; `states` are those of the members."""
         history = self._histories()[:1]
         return self._position_in_data(is_epoch_end) | {
             "random": _random_state(),
@@ -3069,7 +3070,7 @@ class _Run(keras.callbacks.Callback):
         }
 
     def _position_in_data(self, is_epoch_end: bool) -> dict[str, Any]:
-        """How the next batch is found again: how Keras's iterator came about, and how many batches it has given."""
+        """How to find the next batch again: the state before Keras's iterator began, and the batches read from it."""
         reader = self.reader
         if self.callback._resumable is not None:
             return {"state": self.callback._resumable.state(reader.count)}
@@ -3088,14 +3089,14 @@ class _Run(keras.callbacks.Callback):
             started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
             for member in filter(None, self.members):
-                member.copy()  # names it, if it is the state of one of these that cannot be saved
+                member.copy()  # raises with a name, if it is one of these that cannot be saved
             raise
         if started:
             self.pace.count_save(self.reader.batches, time.monotonic() - start)
         return started
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
-        """Saves a snapshot inside the epoch, of these values in validation; leaves if that is asked for."""
+        """Saves a snapshot inside the epoch, during validation of the given values; then leaves if a signal asks to."""
         batches = self.reader.batches
         if batches != self.pace.saved:
             self._model.jax_state_sync()
@@ -3229,7 +3230,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._save_freq = save_freq
         self._verbose = verbose
         self._resumable: _Resumable | None = None
-        self._done: tuple[int, Any] = 0, None  # the epochs of its fits, and the optimizer of the last one
+        self._done: tuple[int, Any] = 0, None  # epochs completed by this callback, and the optimizer at that time
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
@@ -3276,7 +3277,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
                 f"{model.name!r}. Make the callback with the model that you fit."
             )
-        # `fit` is iterating over this list, and gets to its new end. The user's own may hold the run of a fit before.
+        # `fit` is iterating over this list and will reach its new end. A CallbackList of the user's may still hold the
+        # run of an earlier fit.
         callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [_Run(self, fit)]
 
 
@@ -3284,10 +3286,10 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
 
 
 def _row(path: epath.Path, record: _Record | None) -> list[str]:
-    """The columns about a step. Variables and parameters are those that Keras's summary counts."""
+    """The table columns of a step. Variables and parameters are counted as in Keras's summary."""
     at = record and record.position
     place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
-    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # not there, where an older Orbax wrote it
+    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
     specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
@@ -3297,7 +3299,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 
 
 def _look(directory: str, verify: bool) -> bool:
-    """Prints what is in a directory. Whether all of it is intact, as far as that was looked at."""
+    """Prints what is in a directory. Returns whether everything that was read is intact."""
     steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
     rows, records, problems, result = {}, {}, [], "All arrays are intact."
     for step, path in sorted(steps.items()):
