@@ -1529,6 +1529,13 @@ def _unmark(path: epath.Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
+def _is_rest(path: epath.Path) -> bool:
+    """Whether a folder holds nothing but what a deletion leaves of a step; any other folder is the user's own."""
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        return {each.name for each in _entries(path)} <= {"default", "run", "pytree", "metrics", _METADATA, _COMMITTED}
+    return False
+
+
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
     """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
@@ -1541,7 +1548,7 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     replaced: dict[int, epath.Path] = {}
     for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
         kind = replaced if match["aside"] else steps if path in committed else bare
-        if path in committed or path.is_dir():
+        if path in committed or (path.is_dir() and _is_rest(path)):
             kind[int(match["step"])] = path
     return steps, bare, replaced
 

@@ -3237,6 +3237,17 @@ def test_parent_of_runs_with_numbers_for_names_is_not_taken_for_damage(tmp_path)
         assert KerasOrbaxCheckpointManager(dense_model(), tmp_path).restore_state() is None
 
 
+def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path):
+    save(dense_model(), tmp_path / "1")
+    (tmp_path / "3").mkdir()
+    (tmp_path / "3/notes.txt").write_text("mine")
+    before = {place: contents(tmp_path / place) for place in ("1", "3")}
+    model = dense_model()
+    fit(model, 2, callback(model, tmp_path, 1, save_freq=4))
+    assert names(tmp_path) == ["1", "3", "8"]
+    assert {place: contents(tmp_path / place) for place in ("1", "3")} == before
+
+
 def test_error_about_damage_says_whether_arrays_were_freed(tmp_path):
     save(dense_model(), tmp_path)
     model = dense_model()
