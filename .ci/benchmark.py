@@ -247,11 +247,11 @@ def table(columns, rows):
 
 def ratios(rounds):
     """For each candidate, the medians of its ratios to others in the same round."""
-    bases = {base: rounds[base] for base in (BASE, "raw write and fsync", ".weights.h5") if base in rounds}
+    bases = [rounds[base] for base in (BASE, "raw write and fsync", ".weights.h5")]
     for name, rows in rounds.items():
         cells = []
         for column in SECONDS:
-            pairs = [[row[column] / other[column] for row, other in zip(rows, others)] for others in bases.values()]
+            pairs = [[row[column] / other[column] for row, other in zip(rows, others)] for others in bases]
             cells.append(" / ".join(f"{statistics.median(pair):.2f}" for pair in pairs))
         yield name, cells
 
@@ -268,6 +268,8 @@ def main():
     if options.idle:
         idle_batch(options.rounds)
         return
+    if not options.memory:  # before this program is a load itself
+        print(f"load before: {os.getloadavg()[0]:.2f}", flush=True)
     model = build(options.variables, int((options.gb * 1e9 / 12 / options.variables) ** 0.5))
     variables = model.variables + model.optimizer.variables
     state = sum(variable.value.nbytes for variable in variables)
@@ -277,7 +279,6 @@ def main():
             print(json.dumps(memory(options.memory, model, work)))
             return
         names = [name for name in CANDIDATES if not (options.brief and name == "the guide's version")]
-        print(f"load before: {os.getloadavg()[0]:.2f}", flush=True)
         candidates = {name: CANDIDATES[name](model, tempfile.mkdtemp(dir=work)) for name in names}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
