@@ -270,10 +270,15 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     raise ValueError(f"{kind!r} is not a kind of value that is saved")
 
 
+def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
+    """`value` as JSON, and the large arrays to which that refers."""
+    arrays: list[np.ndarray] = []
+    return _pack(value, arrays, default), arrays
+
+
 def _copied(value: Any, default: Callable | None = None) -> Any:
     """A deep copy of `value`; parts that cannot be saved are first converted by `default`."""
-    arrays: list[np.ndarray] = []
-    return _unpack(_pack(value, arrays, default), arrays)
+    return _unpack(*_packed(value, default))
 
 
 def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -695,7 +700,7 @@ def _direction(model: keras.Model, monitor: str) -> str | None:
     name = monitor.removeprefix("val_")
     if name == "loss":
         return "min"
-    return {"up": "max", "down": "min", None: None}[getattr(_metrics_of(model).get(name), "_direction", None)]
+    return {"up": "max", "down": "min"}.get(str(getattr(_metrics_of(model).get(name), "_direction", None)))
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -1068,26 +1073,33 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _text(value: Any) -> str | None:
-    """A value as JSON; None if it cannot be saved."""
+def _is_saveable(value: Any) -> bool:
     try:
-        return json.dumps(_pack(value))
+        _packed(value)
     except TypeError:
-        return None
+        return False
+    return True
 
 
 def _is_same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and _text(one) == _text(other)
+    """Whether two values would be saved as the same bytes."""
+    if type(one) is not type(other):
+        return False
+    try:
+        (text, arrays), (other_text, others) = _packed(one), _packed(other)
+    except TypeError:
+        return False
+    return json.dumps(text) == json.dumps(other_text) and all(map(np.array_equal, arrays, others))
 
 
 def _is_order(value: Any) -> bool:
     """Whether an attribute of a dataset may determine the order of its data; large arrays are taken for the data."""
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
-        return is_small and _text(value.reshape(-1)[:1]) is not None
+        return is_small and _is_saveable(value.reshape(-1)[:1])
     if type(value) in (list, tuple, set, dict):
         return all(map(_is_order, [*value, *value.values()] if isinstance(value, dict) else value))
-    return type(value) in _PLAIN or _text(value) is not None
+    return type(value) in _PLAIN or _is_saveable(value)
 
 
 class _Stateful:
@@ -1100,8 +1112,8 @@ class _Stateful:
     def __init__(self, member: Any, label: str):
         self.name, self.member = type(member).__name__, member
         self.label = f"{label} ({self.name})"
-        bases = (keras.callbacks.Callback, keras.utils.PyDataset, None)
-        self._base: Any = next(base for base in bases if base is None or isinstance(member, base))
+        bases = (keras.callbacks.Callback, keras.utils.PyDataset)
+        self._base: Any = next((base for base in bases if isinstance(member, base)), None)
         if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
             raise TypeError(
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
@@ -1123,10 +1135,11 @@ class _Stateful:
     def _changed(self) -> dict[str, Any]:
         inherited, changed = vars(self._base()), {}
         for name, value in vars(self.member).items():
-            is_code = isinstance(value, _CODE) and value not in _OPERATIONS.values()
-            is_data = self._base is keras.utils.PyDataset and not _is_order(value)
-            is_as_set = name in self._initial and _is_same(value, self._initial[name])
-            if not (name in inherited or is_code or is_data or is_as_set):
+            if name in inherited or (isinstance(value, _CODE) and value not in _OPERATIONS.values()):
+                continue
+            if self._base is keras.utils.PyDataset and not _is_order(value):
+                continue  # its data
+            if name not in self._initial or not _is_same(value, self._initial[name]):
                 changed[name] = value
         return changed
 
@@ -1143,7 +1156,7 @@ class _Stateful:
             return _copied(state)
         except TypeError as error:
             items = state.items() if isinstance(state, dict) else ()
-            what = ", ".join(f"attribute {name!r}" for name, value in items if _text(value) is None) or "state"
+            what = ", ".join(f"attribute {name!r}" for name, value in items if not _is_saveable(value)) or "state"
             raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
     def copy_before_validation(self) -> Any:
@@ -1499,6 +1512,7 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
+_CONTENTS = {_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
@@ -1529,10 +1543,10 @@ def _unmark(path: epath.Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def _is_rest(path: epath.Path) -> bool:
-    """Whether a folder holds nothing but what a deletion leaves of a step; any other folder is the user's own."""
+def _may_be_step(path: epath.Path) -> bool:
+    """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
     with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-        return {each.name for each in _entries(path)} <= {"default", "run", "pytree", "metrics", _METADATA, _COMMITTED}
+        return {each.name for each in _entries(path)} <= _CONTENTS
     return False
 
 
@@ -1548,7 +1562,7 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     replaced: dict[int, epath.Path] = {}
     for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
         kind = replaced if match["aside"] else steps if path in committed else bare
-        if path in committed or (path.is_dir() and _is_rest(path)):
+        if path in committed or (path.is_dir() and _may_be_step(path)):
             kind[int(match["step"])] = path
     return steps, bare, replaced
 
@@ -1561,9 +1575,7 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    if _is_bucket(directory):
-        bare = {}
-    damaged = {n: path for n, path in bare.items() if n > newest and not _folders(path, ...)[0]}  # else another run
+    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
     return damaged | replaced | steps
 
 
@@ -1733,6 +1745,10 @@ def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]
     return steps
 
 
+def _no_such_step(step: int | str, directory: epath.Path, steps: Iterable[int]) -> FileNotFoundError:
+    return FileNotFoundError(f"There is no checkpoint of step {step} in {directory}. Steps there: {sorted(steps)}.")
+
+
 class _Restored(NamedTuple):
     step: int | None
     record: _Record | None  # None if another tool wrote the checkpoint
@@ -1797,9 +1813,7 @@ class _Restore:
                     "saved without monitor=..., or without that metric. Give the number of a step."
                 )
         if step is not None and (isinstance(step, str) or step not in steps):
-            raise FileNotFoundError(
-                f"There is no checkpoint of step {step} in {self.directory}. Steps there: {sorted(steps)}."
-            )
+            raise _no_such_step(step, self.directory, steps)
         return step
 
     def _look(self, step: int) -> Any:
@@ -2247,10 +2261,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """The metrics saved with a step; None if another tool wrote it."""
-        path = _steps(self.directory, self._prefix).get(step)
-        if path is None:
-            raise FileNotFoundError(f"There is no checkpoint of step {step} in {self.directory}.")
-        record = _read_record(step, path)
+        steps = _steps(self.directory, self._prefix)
+        if step not in steps:
+            raise _no_such_step(step, self.directory, steps)
+        record = _read_record(step, steps[step])
         return record.metrics if record else None
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
@@ -2365,8 +2379,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
-        arrays: list[np.ndarray] = []
-        packed = _pack(own, arrays)
+        packed, arrays = _packed(own)
         size = sum(array.nbytes for array in arrays) + len(json.dumps(packed))
         if jax.process_count() == 1 and not assets and size < _SMALL_BYTES_OF_JSON:
             return {"own": _pack(own), "run": None}, {}

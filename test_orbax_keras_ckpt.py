@@ -1134,7 +1134,9 @@ def test_datasets_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
     ):
         with pytest.warns(UserWarning, match=message):
             run(data)
-    for quiet in (Own(), Untouched()):
+    files = Plain("noise")  # nothing changes what cannot be saved
+    files.paths, files.shape = np.array(["a", "b"], dtype=object), Point(1, 2)
+    for quiet in (Own(), Untouched(), files):
         run(quiet)
     run(data := Own(), stateful=[data])
 
@@ -2866,6 +2868,9 @@ def test_checkpoints_of_the_callback_of_keras_are_restored(weights_only, tmp_pat
             restore(model, tmp_path)
     assert restore(model, tmp_path, weights_only=weights_only) == 1
     assert_equal(values(model, optimizer=not weights_only), values(reference, optimizer=not weights_only))
+    (tmp_path / "1/_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(CheckpointCorruptError, match="Step 1 in"):
+        restore(model, tmp_path, weights_only=weights_only)
 
 
 def test_plain_orbax_reads_the_state_tree_of_keras(trained):
