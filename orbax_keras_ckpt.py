@@ -1539,7 +1539,7 @@ def _is_committed(path: epath.Path) -> bool:
 
 def _unmark(path: epath.Path) -> None:
     """Deletes the commit marker of a step, atomically: what is left of the folder no longer counts as a step."""
-    for name in (_COMMITTED, _METADATA):
+    for name in (_COMMITTED, _METADATA) if _is_bucket(path) else (_METADATA, _COMMITTED):  # as _is_committed looks
         (path / name).unlink(missing_ok=True)
 
 
