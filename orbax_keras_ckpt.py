@@ -368,7 +368,6 @@ _SEAMS = {
     "keras.src.saving.saving_lib:_load_state": "the same",
     "orbax.checkpoint:CheckpointManager._load_checkpoint_infos": "reading a directory with damaged steps",
     "orbax.checkpoint:CheckpointManager._wait_for_checkpointers": "saves that fail in the background",
-    "orbax.checkpoint:CheckpointManager._track_best": "best_fn",
     "orbax.checkpoint:checkpoint_manager.CheckpointInfo": "retention",
     "orbax.checkpoint:future.CommitFutureAwaitingContractedSignals": "writing in the background",
     "jax._src.distributed:global_state.client": "several processes",
@@ -817,10 +816,11 @@ _NUMBER = re.compile(r"_(\d+)$")
 _nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a": {"b": 1}}
 
 
-def _variables(
-    model: keras.Model, optimizer: bool = True, metrics: bool = False
-) -> dict[str, dict[str, keras.Variable]]:
-    """The model's variables by group and path, in its order. ValueError if it is not ready or paths are not unique."""
+_Variables = dict[str, dict[str, keras.Variable]]  # by group and path
+
+
+def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False) -> _Variables:
+    """The model's variables, in its order. ValueError if it is not ready or paths are not unique."""
     if not model.built:
         raise ValueError(
             f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
@@ -1007,7 +1007,7 @@ def _compare(
         other = places.get(place)
         if other is None:
             alike = [name for where, name in unexpected if where == group and places[where, name].shape == spec.shape]
-            near = difflib.get_close_matches(path, alike, n=1)
+            near = difflib.get_close_matches(path, alike, n=1) if len(differences) < 10 else []
             hint = f", where {near[0]!r} comes nearest" if near else ""
             differences.append(f"{group}: {path!r} is in the model but not in the checkpoint{hint}")
         elif other.shape != spec.shape:
@@ -1431,7 +1431,7 @@ def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], sa
     stores = [store.result() for store in opening]
     for store, (name, known) in zip(stores, expected.items()):
         if save and store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
-            raise ValueError(f"{name!r} was not written by the save that the record is of: files of two are mixed")
+            raise ValueError(f"{name!r} was written by another save than the record: files of two saves are mixed")
         if known is not None and (store.shape, store.dtype.name) != known[1:]:
             raise ValueError(f"{name!r} is {store.dtype.name}{store.shape}, which is not what was saved")
     return stores
@@ -1545,14 +1545,19 @@ def _unmark(path: epath.Path) -> None:
 
 def _may_be_step(path: epath.Path) -> bool:
     """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
-    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
         return {each.name for each in _entries(path)} <= _CONTENTS
     return False
 
 
+def _is_step(path: epath.Path) -> bool:
+    return _is_committed(path) or _may_be_step(path)
+
+
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
     """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
-    found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
+    entries = _entries(directory) if directory.exists() else []
+    found = [(path, match) for path in entries if (match := _STEP.fullmatch(path.name))]
     committed = {path for path, _ in found if _is_committed(path)}
     if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
@@ -1562,7 +1567,7 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     replaced: dict[int, epath.Path] = {}
     for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
         kind = replaced if match["aside"] else steps if path in committed else bare
-        if path in committed or (path.is_dir() and _may_be_step(path)):
+        if path in committed or _may_be_step(path):
             kind[int(match["step"])] = path
     return steps, bare, replaced
 
@@ -1594,7 +1599,7 @@ def _nothing_in(directory: epath.Path) -> str:
 
 def _existing_steps(directory: epath.Path) -> dict[int, epath.Path]:
     """The steps in a directory. If there are none, the FileNotFoundError names directories nearby that have some."""
-    if steps := _steps(directory) if directory.exists() else {}:
+    if steps := _steps(directory):
         return steps
     raise FileNotFoundError(_nothing_in(directory))
 
@@ -1712,13 +1717,14 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
     return record.variables if record else _foreign_variables(_array_folder(path))
 
 
-def _best(records: Mapping[int, _Record], monitored: Sequence[str] | None = None) -> int | None:
-    """The best step by a metric and a direction, by default those that the newest record names."""
+def _best(records: Mapping[int, _Record], monitored: Sequence[Any] | None = None) -> int | None:
+    """The best step by a metric, or a function of the metrics, and "min" or "max"; by default as the newest names."""
     monitored = monitored or (records[max(records)].monitor if records else None)
     if monitored is None:
         return None
     name, mode = monitored
-    values = {step: record.metrics.get(name, math.nan) for step, record in records.items()}
+    score = name if callable(name) else lambda metrics: metrics.get(name, math.nan)
+    values = {step: score(record.metrics) for step, record in records.items() if record.metrics}
     values = {step: value for step, value in values.items() if not math.isnan(value)}
     return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.__getitem__, default=None)
 
@@ -1746,7 +1752,7 @@ def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]
 
 
 def _no_such_step(step: int | str, directory: epath.Path, steps: Iterable[int]) -> FileNotFoundError:
-    return FileNotFoundError(f"There is no checkpoint of step {step} in {directory}. Steps there: {sorted(steps)}.")
+    return FileNotFoundError(f"There is no checkpoint of step {step!r} in {directory}. Steps there: {sorted(steps)}.")
 
 
 class _Restored(NamedTuple):
@@ -1755,15 +1761,15 @@ class _Restored(NamedTuple):
     own: Any  # the state that this process saved
 
 
-_VariablesFor = Callable[[int, _Record | None, epath.Path], dict[str, dict[str, keras.Variable]]]
+_VariablesFor = Callable[[int, _Record | None, epath.Path], tuple[_Variables, list[str]]]
 
 
 @dataclasses.dataclass
 class _Restore:
     """A restore from a directory: which steps, into which variables, and how.
 
-    `variables_for(step, record, folder)` returns the variables to restore into; its errors propagate. With
-    `sets_aside`, damaged steps are renamed.
+    `variables_for(step, record, folder)` returns the variables to restore into, and why else the step cannot be used;
+    its errors propagate. With `sets_aside`, damaged steps are renamed.
     """
 
     directory: epath.Path
@@ -1774,8 +1780,7 @@ class _Restore:
     donate: bool = False
     own: bool = True
     sets_aside: bool = False
-    monitored: Sequence[str] | None = None
-    has_freed: bool = False
+    best_step: Callable[[], int | None] | None = None
 
     def run(self, step: int | str | None) -> _Restored | None:
         """Restores `step`, or the newest intact one. Returns None if the directory has no steps."""
@@ -1800,13 +1805,13 @@ class _Restore:
             return None
         raise CheckpointCorruptError(
             f"No checkpoint in {self.directory} is intact. Nothing was moved or deleted"
-            + (", but the model's arrays have been freed" if self.has_freed else ", and the model is as it was")
+            + ("" if self.donate else ", and the model is as it was")
             + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
     def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
         if step == "best":
-            step = _gather(_best(_records(steps), self.monitored))[0]
+            step = _gather(self.best_step() if self.best_step else _best(_records(steps)))[0]
             if step is None:
                 raise CheckpointError(
                     f"No checkpoint in {self.directory} is known as the best one: either there is none, or they were "
@@ -1833,36 +1838,41 @@ class _Restore:
                 saved = _saved_variables(path, record)
                 if record:
                     _check_tree(path / "default", _arrays_of(saved))
-            variables = self.variables_for(step, record, path)
+            variables, problems = self.variables_for(step, record, path)
             sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
-            if differences and self.strict:
-                what = "is of another model"
-                way = "Build the model as it was saved, or use another directory; strict=False restores what matches"
-                if all(line.startswith(_GROUPS[2]) for line in differences):
-                    what = "is of the same weights, but another optimizer"
-                    way = "Compile the model as it was saved; weights_only=True restores the weights alone"
-                raise CheckpointMismatchError(
-                    f"Step {step} in {self.directory} {what}:\n{_listing(differences)}\nNothing was changed. "
-                    f"{way} (arguments of KerasOrbaxCheckpointManager.restore_state)."
-                )
+            if problems or (differences and self.strict):
+                self._refuse(step, differences, problems)
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
         expected = {source.name: source.saved for source in sources}
         shardings = [source.variable.value.sharding for source in sources]
-        if self.donate:
-            self.has_freed = True
-            for source in sources:
-                source.variable.value.delete()
+        for source in sources if self.donate else ():
+            source.variable.value.delete()
         with _agreed(), _reading(step, path):
             arrays = _read_arrays(_array_folder(path), expected, shardings, record and record.save)
             own = _read_own(path, record) if self.own and record else None
         if differences:
-            _warn(f"Step {step} was restored in part. Skipped:\n{_listing(differences)}")
+            _warn(f"Step {step} was restored partially. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
         for layer in _layers(self.model_of()):  # Normalization, for one, caches values derived from variables
             if hasattr(layer, "finalize_state") and layer.variables:
                 layer.finalize_state()
         return _Restored(step, record, own)
+
+    def _refuse(self, step: int, differences: list[str], problems: list[str]) -> None:
+        """Raises for a checkpoint that differs from the model or from the run."""
+        what, way = "does not match the model", "Build the model as it was saved, or use another directory"
+        of = "of KerasOrbaxCheckpointManager.restore_state"
+        hint = f"The argument strict=False {of} restores what matches."
+        if not differences:
+            what, way, hint = "cannot be continued", "Use the same data and settings as before, or another directory", ""
+        elif all(line.startswith(_GROUPS[2]) for line in differences):
+            what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as it was saved"
+            hint = f"The argument weights_only=True {of} restores the weights alone."
+        raise CheckpointMismatchError(
+            f"Step {step} in {self.directory} {what}:\n{_listing(problems + differences)}\n"
+            f"Nothing was changed. {way}. {hint}".rstrip()
+        )
 
     def _report(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
         """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
@@ -1907,7 +1917,11 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config: Any = keras.saving.serialize_keras_object(model)
             policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            config = {**config, "dtype_policy": policy, "lora": lora}  # missing from the configs of enclosing layers
+            # Missing from the configs of enclosing layers. Unlike that of the groups, the order of model.variables does
+            # not depend on what is frozen.
+            places = {id(each): i for i, each in enumerate(each for group in _WEIGHTS for each in getattr(model, group))}
+            order = [places[id(variable)] for variable in model.variables]
+            config = {**config, "dtype_policy": policy, "lora": lora, "order": order}
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {error}"}, {}
@@ -1938,8 +1952,9 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
             layer = _layers(model)[int(place)]
             if not layer.lora_enabled:
                 layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
-        variables = [each for group in _WEIGHTS for each in getattr(model, group)]
-        saved = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
+        variables = model.variables
+        weights = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
+        saved = [weights[place] for place in record.model["order"]]
         for live, place in _pair_ends([each.path for each in variables], [path for path, _ in saved]).items():
             _rename(variables[live], saved[place][0])
             if variables[live].trainable != saved[place][1]:  # missing from the configs of nested layers
@@ -2075,8 +2090,8 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
     except Exception as error:  # from any of the libraries involved
         raise OSError(
             errno.EIO,
-            f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). It "
-            "takes the package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
+            f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). "
+            "Needed are the package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
         ) from error
 
 
@@ -2183,10 +2198,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
         self._mode = mode
+        self._best_fn = (kwargs["best_fn"], kwargs.get("best_mode", "max")) if kwargs.get("best_fn") else None
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
         self._read_only = bool(kwargs.get("read_only"))
-        self._prefix = kwargs.get("step_prefix")
+        self._prefix = kwargs.get("step_prefix") or None
         self._saving: tuple[int, str] | None = None  # step and id of the save in progress
         self._is_writing = False  # until it is committed or has failed
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
@@ -2206,10 +2222,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         waiting = given.pop("async_options", None) or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
+        given.pop("enable_background_delete", None)  # deletions are in the background of a save anyway
         ours = {"async_options": waiting, "prevent_write_metrics": True}
         if not _is_bucket(directory):
             ours["temporary_path_class"] = _FlushedPath
-        return {**ours, **self._retention(max_to_keep, given), **given}
+        return {**ours, **self._retention(max_to_keep, given), **given, "step_prefix": self._prefix}
 
     def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """The options that say what is kept; removes those that they replace from `given`."""
@@ -2234,8 +2251,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return -math.inf if math.isnan(value) else value if self._resolved_mode() == "max" else -value
 
     def _resolved_mode(self) -> str:
-        if self._mode == "auto" and (mode := _direction(self._model, str(self._monitor))):
-            self._mode = mode
+        if self._mode == "auto":  # before its first fit, the model does not know its metrics
+            saved = [record.monitor for _, record in sorted(_records(self._committed()).items()) if record.monitor]
+            known = [mode for name, mode in saved if name == self._monitor]
+            self._mode = _direction(self._model, str(self._monitor)) or (known[-1] if known else "auto")
         if self._mode == "auto":
             raise ValueError(
                 f'mode="auto": the model\'s metrics do not say whether a high or a low {self._monitor!r} is better. '
@@ -2247,17 +2266,15 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return None if self._monitor is None else [self._monitor, self._resolved_mode()]
 
     def _committed(self) -> dict[int, epath.Path]:
-        return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
+        return _folders(self.directory, self._prefix)[0]
 
     def latest_step(self) -> int | None:
         """The newest step, on disk or still being saved; None if there is none."""
         return max([*self._committed(), *([self._saving[0]] if self._saving else [])], default=None)
 
     def best_step(self) -> int | None:
-        """The best step by `monitor`, or else by what the newest checkpoint monitored; None if there is none."""
-        if self._monitor is None and self._track_best:
-            return super().best_step()
-        return _best(_records(_steps(self.directory, self._prefix)), self._monitored())
+        """The best step by `monitor`, `best_fn` or what the newest checkpoint monitored; None if there is none."""
+        return _best(_records(_steps(self.directory, self._prefix)), self._monitored() or self._best_fn)
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """The metrics saved with a step; None if another tool wrote it."""
@@ -2392,7 +2409,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            _entries(self.directory)  # raises if it has been removed: Orbax would create it again
+            for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
+                match = _STEP.fullmatch(path.name)
+                if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
+                    raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
             self.save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2417,6 +2437,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.wait_until_finished()  # raises if the newest step is a save that has failed since
             path = _steps(self.directory, self._prefix).get(step)
             if path and jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
+                _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
                 _set_aside(path, _REPLACED)
         if step <= (newest := self._agreed_latest_step()):
             raise ValueError(
@@ -2473,7 +2494,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             OSError: The directory cannot be read. This does not count as damage.
         """
         variables = _variables(self._model, optimizer=not weights_only)
-        found = self._restore(step, lambda *_: variables, strict=strict, donate=donate, own=False)
+        found = self._restore(step, lambda *_: (variables, []), strict=strict, donate=donate, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
             return None
@@ -2484,10 +2505,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         with _agreed():
             _wait_for_saves(self.directory, self)
             self.wait_until_finished()
-        how["monitored"] = self._monitored() if step == "best" else None
-        restore = _Restore(self.directory, self._prefix, lambda: self._model, variables_for, **how)
-        restore.sets_aside = not self._read_only
-        return restore.run(step)
+        how |= {"sets_aside": not self._read_only, "best_step": self.best_step}
+        return _Restore(self.directory, self._prefix, lambda: self._model, variables_for, **how).run(step)
 
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
@@ -2588,7 +2607,7 @@ def load_model(
     directory = _usable_directory(checkpoint_dir, {"read_only": True})
     models: list[keras.Model] = []
 
-    def variables_for(step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
+    def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
         problem = "another tool wrote it" if record is None else record.model.get("error")
         if problem is None:
             assert record is not None
@@ -2597,7 +2616,7 @@ def load_model(
             model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
             if model.built:
                 models[:] = [model]
-                return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+                return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
             problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
         raise CheckpointError(
             f"Step {step} in {directory} has no config that makes its model: {problem}. Make the model as "
@@ -2810,22 +2829,17 @@ class _Run(keras.callbacks.Callback):
                 "over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or shuffle=False."
             )
 
-    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> dict[str, dict[str, keras.Variable]]:
-        """Sets where the run continues after `step`, or raises if it cannot. Returns the variables to restore."""
+    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
+        """Sets where the run continues after `step`. Returns the variables to restore, and why it cannot continue."""
         per_epoch = self.manager._steps_per_epoch
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
-        if problems := list(self._differences(step, record)):
-            raise CheckpointMismatchError(
-                f"Step {step} in {self.manager.directory} cannot be continued:\n{_listing(problems)}\nNothing was "
-                "changed. Use the same data and settings as before, or another directory."
-            )
         # If this process has already trained this far and then recompiled the model, the new optimizer is kept.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_new = is_of_here and self._model.optimizer is not optimizer
         metrics = record is not None and _GROUPS[3] in record.variables
-        return _variables(self._model, optimizer=not is_new, metrics=metrics)
+        return _variables(self._model, not is_new, metrics), list(self._differences(step, record))
 
     def _is_over(self, record: _Record | None) -> bool:
         """Whether all epochs are done, or a callback stopped an earlier `fit` of at least as many."""

@@ -68,6 +68,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Sharding info not provided when restoring"),  # plain Orbax as an oracle
     pytest.mark.filterwarnings("ignore:Your input ran out of data"),  # where an epoch ends with a pass over the data
     pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache"),  # half written by a killed process
+    pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torch 2.13, by way of torchdata
     pytest.mark.filterwarnings("ignore:unclosed event loop:ResourceWarning"),  # Orbax 0.11.20, by way of nest_asyncio
     # Where one of Orbax's reads fails, the others end in a closed event loop.
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
@@ -1380,7 +1381,10 @@ def test_snapshot_inside_an_epoch_has_its_number_and_is_found_until_the_complete
     assert leave_at(0) == {"epoch": 1, "batch": 1, "batches": 5}
     tree = ocp.CheckpointManager(tmp_path).restore(1)
     assert set(tree) == {"trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"}
-    assert leave_at(2) == {"epoch": 1, "batch": 3, "batches": 7}  # replaces the first one
+    assert leave_at(1) == {"epoch": 1, "batch": 2, "batches": 6}  # replaces the first one
+    shutil.copytree(tmp_path / "1", tmp_path / "1.replaced")  # as a kill leaves it, right after the commit
+    assert leave_at(2) == {"epoch": 1, "batch": 3, "batches": 7}
+    assert names(tmp_path) == ["1"]
     saved = values(model)
     (tmp_path / "1").rename(tmp_path / "1.replaced")  # as a kill leaves it, right before its successor is written
     assert ocp.CheckpointManager(tmp_path).all_steps() == []
@@ -1784,6 +1788,9 @@ def test_options_of_orbax_get_through(tmp_path):
         manager.save_state(epoch, metrics={"loss": loss, "text": "x", "ragged": [[1], [1, 2]]})
     manager.wait_until_finished()
     assert {"loss": 1.0} in seen and manager.all_steps() == [1] and manager.best_step() == 1
+    assert manager.restore_state("best") == 1
+    save(model, tmp_path / "plain", *range(3), max_to_keep=1, step_prefix="", enable_background_delete=True)
+    assert names(tmp_path / "plain") == ["2"]
 
 
 MONITORED = [  # mode, options, losses, the steps that are kept
@@ -1813,6 +1820,8 @@ def test_monitor_direction_comes_from_the_metrics_or_is_asked_for(tmp_path):
             manager.save_state(epoch, metrics={metric: epoch})
         manager.wait_until_finished()
         assert manager.best_step() == best
+    new = stacked(layers.Dense(1), metrics=["accuracy", "mae"])  # before its first fit, it does not know them
+    assert KerasOrbaxCheckpointManager(new, tmp_path / "val_accuracy", monitor="val_accuracy").best_step() == 1
     with pytest.raises(ValueError, match='mode="max" or mode="min"'):
         fit(model, 1, callback(model, tmp_path / "unknown", monitor="val_unheard_of"))
     with pytest.warns(UserWarning, match="'val_loss' is not among the metrics of step 0.*'loss'"):
@@ -2092,7 +2101,7 @@ def test_weights_only_leaves_the_optimizer_alone_and_helps_where_it_is_another(t
     assert_equal([np.array(variable.value) for variable in model.optimizer.variables], before)
     inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
     other = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
-    with pytest.raises(CheckpointMismatchError, match=r"(?s)same weights, but another optimizer.*weights_only=True"):
+    with pytest.raises(CheckpointMismatchError, match=r"(?s)has the model's weights, but other optimizer.*weights_only=True"):
         fit(other, 4, callback(other, directory))
     for model in (inference, other):  # the first was never compiled
         restore(model, directory, weights_only=True)
@@ -2108,7 +2117,7 @@ def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_
     with pytest.raises(CheckpointCorruptError):
         restore(saved, tmp_path)
     head = np.array(model.layers[-1].kernel.value)
-    with pytest.warns(UserWarning, match=r"(?s)restored in part.*\(500, 300\), the model has \(500, 200\)"):
+    with pytest.warns(UserWarning, match=r"(?s)restored partially.*\(500, 300\), the model has \(500, 200\)"):
         restore(model, tmp_path, strict=False)
     assert_equal([np.array(model.layers[0].kernel.value)], [np.array(saved.layers[0].kernel.value)])
     assert_equal([np.array(model.layers[-1].kernel.value)], [head])
@@ -2355,7 +2364,7 @@ def test_files_of_two_saves_are_never_mixed(tmp_path):
         shutil.rmtree(mixed)
     shutil.copytree(tmp_path / "0", mixed)
     shutil.copytree(there / "default", mixed / "0/default", dirs_exist_ok=True)  # as rsync over an older copy
-    with pytest.raises(CheckpointCorruptError, match="files of two are mixed|NOT_FOUND"):
+    with pytest.raises(CheckpointCorruptError, match="files of two saves are mixed|NOT_FOUND"):
         read()
 
 
@@ -2789,7 +2798,7 @@ def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
     with pytest.raises(CheckpointMismatchError, match="'.*block_3/kernel' is in the model but not in the checkpoint"):
         restore(model, tmp_path)
     assert_equal(values(model), before)
-    with pytest.warns(UserWarning, match="restored in part"):
+    with pytest.warns(UserWarning, match="restored partially"):
         restore(model, tmp_path, strict=False)
     assert_equal([model.get_layer("block_2").kernel.value], [saved.get_layer("block_2").kernel.value])
     assert_equal([model.get_layer("block_3").kernel.value], [before[2]])
@@ -3016,7 +3025,46 @@ def lora_in_attention():
     return compiled(model)
 
 
-@pytest.mark.parametrize("build", [frozen_attention, lora_inside, lora_in_attention])
+@keras.saving.register_keras_serializable("tests")
+class TwoLayers(layers.Layer):
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.first, self.second = layers.Dense(6, "tanh"), layers.Dense(6)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
+@keras.saving.register_keras_serializable("tests")
+class TwoBlocks(keras.Model):
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.first, self.second, self.last = TwoLayers(), TwoLayers(), layers.Dense(1)
+
+    def call(self, inputs):
+        return self.last(self.second(self.first(inputs)))
+
+
+def frozen_part(kind):
+    if kind == "subclassed":
+        model = TwoBlocks()
+        model(np.zeros((1, 4, 6), "float32"))
+        model.first.trainable = False
+        return compiled(model)
+    model = keras.Sequential([keras.Input((4, 6)), TwoLayers(), TwoLayers(), layers.Dense(1)])
+    block = model.layers[0]
+    {"block": block, "layer": block.first, "kernel": block.first.kernel}[kind].trainable = False
+    return compiled(model)
+
+
+FROZEN = [functools.partial(frozen_part, kind) for kind in ("subclassed", "block", "layer", "kernel")]
+
+
+@pytest.mark.parametrize("build", [frozen_attention, lora_inside, lora_in_attention, *FROZEN])
 def test_load_model_of_frozen_composite_layers_and_lora(build, tmp_path):
     model, x = build(), np.random.default_rng(4).normal(size=(16, 4, 6)).astype("float32")
     model.fit(x, x[:, :, :1], verbose=0)
@@ -3250,22 +3298,33 @@ def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(
     model = dense_model()
     fit(model, 2, callback(model, tmp_path, 1, save_freq=4))
     assert names(tmp_path) == ["1", "3", "8"]
+    with pytest.raises(CheckpointError, match="Saving step 9 .*/9 is in the way, and is not a checkpoint"):
+        (tmp_path / "3").rename(tmp_path / "9")
+        KerasOrbaxCheckpointManager(model, tmp_path).save_state(9)
+    (tmp_path / "9").rename(tmp_path / "3")
     assert {place: contents(tmp_path / place) for place in ("1", "3")} == before
 
 
-def test_error_about_damage_says_whether_arrays_were_freed(tmp_path):
+def test_error_about_damage_calls_the_model_unchanged_only_where_it_is(tmp_path):
     save(dense_model(), tmp_path)
     model = dense_model()
-    manager = KerasOrbaxCheckpointManager(model, tmp_path)
-    flip(data_file(tmp_path / "0"))  # found while reading
-    with pytest.raises(CheckpointCorruptError, match="arrays have been freed"):
-        manager.restore_state(donate=True)
-    model = dense_model()
     manager, before = KerasOrbaxCheckpointManager(model, tmp_path), values(model)
-    (tmp_path / "0/_CHECKPOINT_METADATA").write_text("{")  # found before
+    flip(data_file(tmp_path / "0"))  # found while reading
     with pytest.raises(CheckpointCorruptError, match="the model is as it was"):
-        manager.restore_state(donate=True)
+        manager.restore_state()
     assert_equal(values(model), before)
+    with pytest.raises(CheckpointCorruptError) as caught:
+        manager.restore_state(donate=True)
+    assert "as it was" not in str(caught.value)
+
+
+def test_missing_directory_is_empty_for_a_manager_that_only_reads(tmp_path):
+    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path / "later", read_only=True)
+    assert manager.latest_step() is manager.best_step() is None
+    with pytest.warns(UserWarning, match="no such file or directory"):
+        assert manager.restore_state() is None
+    save(dense_model(), tmp_path / "later")
+    assert manager.restore_state() == 0
 
 
 def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
@@ -3280,14 +3339,15 @@ def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
         manager.save_state(0, metrics={"val_nothing": 1.0})
 
 
-def test_changed_layer_is_listed_before_what_follows_for_the_optimizer(tmp_path):
+def test_one_error_lists_all_differences_those_of_weights_before_those_of_the_optimizer(tmp_path):
     saved = dense_model()
     fit(saved, 1, callback(saved, tmp_path))
     with pytest.raises(CheckpointMismatchError) as caught:
         model = stacked(layers.Dense(400), layers.Dense(3), layers.Dense(1))
-        fit(model, 2, callback(model, tmp_path))
+        fit(model, 2, callback(model, tmp_path, stateful=[keras.callbacks.EarlyStopping()]))
+    assert "- it was saved with stateful=[], but now stateful=['EarlyStopping'] was passed" in str(caught.value)
     groups = [line.split("- ")[1].split(":")[0] for line in str(caught.value).splitlines() if line.startswith("  - ")]
-    assert groups[:4] == ["trainable_variables"] * 4
+    assert groups[1:5] == ["trainable_variables"] * 4
 
 
 # ---------------------------------------------------------------------------------------------- the command line
