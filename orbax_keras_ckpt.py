@@ -1,4 +1,4 @@
-# orbax_keras_ckpt.py, version 1.0.0.dev
+# orbax_keras_ckpt.py, version 1.0.0
 # SPDX-License-Identifier: Apache-2.0
 # Made to be copied: keep this header, note local changes below it.
 # fmt: off
@@ -117,7 +117,7 @@ __all__ = [
     "OrbaxCheckpointCallback",
     "load_model",
 ]
-__version__ = "1.0.0.dev"
+__version__ = "1.0.0"
 
 # ---------------------------------------------------------------------------------------------- errors
 
@@ -1001,7 +1001,8 @@ def _compare(
     places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
     taken = set(pairs.values())
     unexpected = [place for place in places if place not in taken]
-    sources, differences = [], []
+    sources: list[_Source] = []
+    differences: list[str] = []
     for group, path, spec in ((group, spec.path, spec) for group, specs in live.items() for spec in specs):
         place = pairs.get((group, path), (group, ""))
         other = places.get(place)
@@ -1723,7 +1724,7 @@ def _best(records: Mapping[int, _Record], monitored: Sequence[Any] | None = None
     if monitored is None:
         return None
     name, mode = monitored
-    score = name if callable(name) else lambda metrics: metrics.get(name, math.nan)
+    score: Any = name if callable(name) else lambda metrics: metrics.get(name, math.nan)
     values = {step: score(record.metrics) for step, record in records.items() if record.metrics}
     values = {step: value for step, value in values.items() if not math.isnan(value)}
     return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.__getitem__, default=None)
@@ -1865,7 +1866,8 @@ class _Restore:
         of = "of KerasOrbaxCheckpointManager.restore_state"
         hint = f"The argument strict=False {of} restores what matches."
         if not differences:
-            what, way, hint = "cannot be continued", "Use the same data and settings as before, or another directory", ""
+            what, hint = "cannot be continued", ""
+            way = "Use the same data and settings as before, or another directory"
         elif all(line.startswith(_GROUPS[2]) for line in differences):
             what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as it was saved"
             hint = f"The argument weights_only=True {of} restores the weights alone."
@@ -1917,9 +1919,10 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config: Any = keras.saving.serialize_keras_object(model)
             policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            # Missing from the configs of enclosing layers. Unlike that of the groups, the order of model.variables does
-            # not depend on what is frozen.
-            places = {id(each): i for i, each in enumerate(each for group in _WEIGHTS for each in getattr(model, group))}
+            # Missing from the configs of enclosing layers. The order of model.variables does not depend on what is
+            # frozen, while that of the groups does.
+            weights = [variable for group in _WEIGHTS for variable in getattr(model, group)]
+            places = {id(variable): place for place, variable in enumerate(weights)}
             order = [places[id(variable)] for variable in model.variables]
             config = {**config, "dtype_policy": policy, "lora": lora, "order": order}
             return json.loads(json.dumps(config)), _saved_assets(model)
@@ -2091,7 +2094,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
         raise OSError(
             errno.EIO,
             f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). "
-            "Needed are the package gcsfs, credentials, and the right to list, read, write and delete objects in the bucket",
+            "Needed are the package gcsfs, credentials, and permission to list, read, write and delete objects there",
         ) from error
 
 
