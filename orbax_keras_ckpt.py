@@ -281,17 +281,8 @@ def _copied(value: Any, default: Callable | None = None) -> Any:
     return _unpack(*_packed(value, default))
 
 
-def _sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """`fields`, JSON values, with their checksum added."""
-    return {**fields, "crc32": zlib.crc32(json.dumps(fields, sort_keys=True).encode())}
-
-
-def _unsealed(sealed: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `_sealed`. ValueError if anything has changed."""
-    fields = {key: value for key, value in sealed.items() if key != "crc32"}
-    if sealed.get("crc32") != _sealed(fields)["crc32"]:
-        raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
-    return fields
+def _checksum(fields: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
 
 
 @dataclasses.dataclass
@@ -307,17 +298,13 @@ class _Record:
     versions: dict[str, str]
     own: Any  # the state of this process, packed; None if it is in the item "run"
     run: list[int] | None  # the size in bytes of each process's archive in the item "run", if there is one
-    # Written by the callback: `stateful`, the class names of these objects; `num_batches` per epoch, if known;
-    # `is_resumable`, whether `fit` read resumable(); `is_trained`, whether all batches of the epoch were trained on;
-    # `unfinished`, saved inside an epoch, whose end may get the same step; `stopped`, the `epochs` of a fit that a
-    # callback stopped.
-    notes: dict[str, Any]
-
-    def __getattr__(self, name: str) -> Any:
-        """The note of that name, or None."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self.notes.get(name)
+    # Written by the callback:
+    stateful: list[str] | None = None  # the class names of these objects
+    num_batches: int | None = None  # per epoch, if known
+    is_resumable: bool = False  # whether `fit` read resumable()
+    is_trained: bool = False  # whether all batches of the epoch were trained on
+    unfinished: bool = False  # saved inside an epoch, whose end may get the same step
+    stopped: int | None = None  # the `epochs` of a fit that a callback stopped
 
     @property
     def processes(self) -> int:
@@ -326,7 +313,8 @@ class _Record:
 
     def to_metadata(self) -> dict[str, Any]:
         fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
-        return {_RECORD_KEY: _sealed(json.loads(json.dumps(fields)))}
+        fields = json.loads(json.dumps(fields))
+        return {_RECORD_KEY: {**fields, "crc32": _checksum(fields)}}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> "_Record | None":
@@ -334,7 +322,9 @@ class _Record:
         fields = (metadata.get("custom_metadata") or {}).get(_RECORD_KEY)
         if fields is None:
             return None
-        fields = _unsealed(fields)
+        fields = dict(fields)
+        if fields.pop("crc32", None) != _checksum(fields):
+            raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
         if (found := fields.pop("format")) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
@@ -362,10 +352,6 @@ _SEAMS = {
     "keras.src.backend.common.global_state:set_global_attribute": "the same",
     "keras.src.saving.serialization_lib:ObjectSharingScope": "layers that are shared",
     "keras.src.saving.serialization_lib:SafeModeScope": "safe_mode",
-    "keras.src.saving.saving_lib:NpzIOStore": "assets, such as vocabularies",
-    "keras.src.saving.saving_lib:DiskIOStore": "the same",
-    "keras.src.saving.saving_lib:_save_state": "the same",
-    "keras.src.saving.saving_lib:_load_state": "the same",
     "orbax.checkpoint:CheckpointManager._load_checkpoint_infos": "reading a directory with damaged steps",
     "orbax.checkpoint:CheckpointManager._wait_for_checkpointers": "saves that fail in the background",
     "orbax.checkpoint:checkpoint_manager.CheckpointInfo": "retention",
@@ -666,27 +652,6 @@ def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: b
 
 def _rename(variable: keras.Variable, path: str) -> None:
     variable._path = path  # variables that Keras builds from a config have shorter paths than the original ones
-
-
-def _walk_assets(model: keras.Model, folder: str, load: bool = False) -> None:
-    """Saves the assets of everything in a model to a folder, or loads them, as Keras does for its own files."""
-    from keras.src.saving import saving_lib
-
-    class NoWeights(saving_lib.NpzIOStore):  # None is refused by Keras 3.10
-        def __init__(self):
-            self.contents = {}
-
-        def __bool__(self):
-            return False
-
-    assets = saving_lib.DiskIOStore(folder, mode="r")
-    if not load:
-        saving_lib._save_state(model, NoWeights(), assets, "", set())
-        return
-    errors: dict[Any, Any] = {}
-    saving_lib._load_state(model, NoWeights(), assets, "", False, set(), set(), errors)
-    for _, error in errors.values():
-        raise error
 
 
 def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
@@ -1681,14 +1646,6 @@ def _read_record(step: int, path: epath.Path) -> _Record | None:
         return _Record.from_metadata(_metadata(path))
 
 
-def _is_unfinished(step: int, path: epath.Path) -> bool:
-    """Whether a step is a snapshot inside an epoch, whose end may get the same step."""
-    with contextlib.suppress(CheckpointCorruptError):
-        record = _read_record(step, path)
-        return record is not None and bool(record.unfinished)
-    return False
-
-
 def _array_folder(path: epath.Path) -> epath.Path:
     """The folder of a step's arrays, which `keras.callbacks.OrbaxCheckpoint` calls "pytree"."""
     return path / ("pytree" if (path / "pytree").exists() else "default")
@@ -1937,11 +1894,15 @@ def _lora(layer: keras.layers.Layer) -> list[Any]:
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
-    """The assets of a model, such as vocabularies: file contents by file name."""
-    with tempfile.TemporaryDirectory() as folder:
-        _walk_assets(model, folder)
-        files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
-        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+    """The assets of the layers, such as vocabularies: file contents by the layer's place and the file's name."""
+    assets = {}
+    for place, layer in enumerate(_layers(model)):
+        if hasattr(layer, "save_assets"):
+            with tempfile.TemporaryDirectory() as folder:
+                layer.save_assets(folder)
+                files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
+                assets |= {f"{place}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
+    return assets
 
 
 def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **scope: Any) -> keras.Model:
@@ -1964,11 +1925,12 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
                 variables[live].trainable = saved[place][1]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
-    assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
-    if archive and assets:  # outside safe mode, as in Keras: these are files
-        with tempfile.TemporaryDirectory() as folder:
-            archive.extractall(folder, assets)
-            _walk_assets(model, os.path.join(folder, "assets"), load=True)
+    with tempfile.TemporaryDirectory() as folder:  # outside safe mode, as in Keras: these are files
+        if archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("assets/")])
+        for place, layer in enumerate(_layers(model)):
+            if os.path.isdir(path := os.path.join(folder, "assets", str(place))):
+                layer.load_assets(path)
     return model
 
 
@@ -2369,7 +2331,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
         `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
-        and arrays; `notes` are small fields of the record; `metrics` are the epoch's logs.
+        and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs.
         """
         variables = _variables(self._model, metrics=values is not None)
         if values is None:
@@ -2387,12 +2349,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
             save=save,
             position=position,
             variables=_specs(variables, values),
-            metrics=self._numbers(metrics, step, is_complete=not notes.get("unfinished")),
+            metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
             monitor=self._monitored(),
             model=self._description[0],
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            notes=notes,
             **own,
+            **notes,
         )
         return self._begin(step, record, items)
 
@@ -2439,7 +2401,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         with _agreed():
             self.wait_until_finished()  # raises if the newest step is a save that has failed since
             path = _steps(self.directory, self._prefix).get(step)
-            if path and jax.process_index() == 0 and step == self.latest_step() and _is_unfinished(step, path):
+            record = _records({step: path}).get(step) if path and step == self.latest_step() else None
+            if path and record and record.unfinished and jax.process_index() == 0:
                 _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
                 _set_aside(path, _REPLACED)
         if step <= (newest := self._agreed_latest_step()):
@@ -3338,29 +3301,23 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Returns whether everything that was read is intact."""
     steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
-    rows, records, problems, result = {}, {}, [], "All arrays are intact."
+    best, problems, result = _best(_records(steps)), [], "All arrays are intact."
+    table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]]
     for step, path in sorted(steps.items()):
-        row, mark = [*"??????", ""], ""
+        row, marks = [*"??????", ""], ["best"] * (step == best) + ["newest"] * (step == max(steps))
         try:
             with _reading(step, path):
-                record = _read_record(step, path)
-                if record is None:
-                    mark, result = "written by another tool", "All can be read; some have no checksums."
-                else:
-                    records[step] = record
+                if (record := _read_record(step, path)) is None:
+                    marks, result = ["written by another tool", *marks], "All can be read; some have no checksums."
                 row = _row(path, record)
                 if verify:
                     _verify(step, path, record)
         except CheckpointError as error:
             if _steps(path.parent).get(step) != path:  # deleted meanwhile
                 continue
-            mark = "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format"
+            marks.insert(0, "damaged" if isinstance(error, CheckpointCorruptError) else "of a newer format")
             problems.append(str(error))
-        rows[step] = [str(step), *row, mark]
-    for marked, mark in (_best(records), "best"), (max(steps), "newest"):
-        if marked in rows:
-            rows[marked][-1] = ", ".join(filter(None, [rows[marked][-1], mark]))
-    table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""], *rows.values()]
+        table.append([str(step), *row, ", ".join(marks)])
     widths = [max(map(len, column)) for column in zip(*table)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
     print(*lines, *(problems or [result] * verify), sep="\n")
