@@ -1303,11 +1303,12 @@ def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
     """The shape of a shard, halved until it has at most `_CHUNK_BYTES`. No chunk crosses the edge of a shard."""
     chunk = list(array.sharding.shard_shape(array.shape))
     is_sharded = [size < whole for size, whole in zip(chunk, array.shape)]
-    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES:
-        axes = [axis for axis, size in enumerate(chunk) if size > 1 and not (is_sharded[axis] and size % 2)]
-        if not axes:
-            break
-        chunk[axes[0]] = -(-chunk[axes[0]] // 2)
+
+    def axes() -> Iterator[int]:  # that can be halved
+        return (axis for axis, size in enumerate(chunk) if size > 1 and not (is_sharded[axis] and size % 2))
+
+    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES and (axis := next(axes(), None)) is not None:
+        chunk[axis] = -(-chunk[axis] // 2)
     return tuple(chunk)
 
 
@@ -1522,8 +1523,7 @@ def _is_step(path: epath.Path) -> bool:
 
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
     """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
-    entries = _entries(directory) if directory.exists() else []
-    found = [(path, match) for path in entries if (match := _STEP.fullmatch(path.name))]
+    found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
     committed = {path for path, _ in found if _is_committed(path)}
     if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
@@ -1561,13 +1561,6 @@ def _nothing_in(directory: epath.Path) -> str:
         below = (_entries(directory) if is_there else []) or _entries(directory.parent)
         near = sorted(str(path) for path in below[:100] if path.is_dir() and _folders(path, ...)[0])
     return text + (f" There are some in: {', '.join(near[:5])}." if near else "")
-
-
-def _existing_steps(directory: epath.Path) -> dict[int, epath.Path]:
-    """The steps in a directory. If there are none, the FileNotFoundError names directories nearby that have some."""
-    if steps := _steps(directory):
-        return steps
-    raise FileNotFoundError(_nothing_in(directory))
 
 
 def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
@@ -1768,6 +1761,8 @@ class _Restore:
         ) from next(iter(damaged.values()))
 
     def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
+        if step is not None and not steps:
+            raise FileNotFoundError(_nothing_in(self.directory))
         if step == "best":
             step = _gather(self.best_step() if self.best_step else _best(_records(steps)))[0]
             if step is None:
@@ -1895,7 +1890,7 @@ def _lora(layer: keras.layers.Layer) -> list[Any]:
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
     """The assets of the layers, such as vocabularies: file contents by the layer's place and the file's name."""
-    assets = {}
+    assets: dict[str, bytes] = {}
     for place, layer in enumerate(_layers(model)):
         if hasattr(layer, "save_assets"):
             with tempfile.TemporaryDirectory() as folder:
@@ -2065,7 +2060,10 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
     if _is_bucket(directory):
         _check_bucket(directory, is_read_only)
-    elif not is_read_only:
+    elif is_read_only:
+        if not directory.exists():
+            raise FileNotFoundError(_nothing_in(directory))
+    else:
         try:
             if options.get("create", True):
                 os.makedirs(directory, exist_ok=True)
@@ -2231,7 +2229,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return None if self._monitor is None else [self._monitor, self._resolved_mode()]
 
     def _committed(self) -> dict[int, epath.Path]:
-        return _folders(self.directory, self._prefix)[0]
+        return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
 
     def latest_step(self) -> int | None:
         """The newest step, on disk or still being saved; None if there is none."""
@@ -2590,10 +2588,8 @@ def load_model(
         )
 
     _wait_for_saves(directory)
-    with _agreed():
-        _existing_steps(directory)
     restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
-    if restore.run(step) is None:  # deleted meanwhile
+    if restore.run(step) is None:
         raise FileNotFoundError(_nothing_in(directory))
     return models[0]
 
@@ -3300,7 +3296,9 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Returns whether everything that was read is intact."""
-    steps = _existing_steps(_usable_directory(directory, {"read_only": True}))
+    place = _usable_directory(directory, {"read_only": True})
+    if not (steps := _steps(place)):
+        raise FileNotFoundError(_nothing_in(place))
     best, problems, result = _best(_records(steps)), [], "All arrays are intact."
     table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]]
     for step, path in sorted(steps.items()):

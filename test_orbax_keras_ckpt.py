@@ -3318,13 +3318,10 @@ def test_error_about_damage_calls_the_model_unchanged_only_where_it_is(tmp_path)
     assert "as it was" not in str(caught.value)
 
 
-def test_missing_directory_is_empty_for_a_manager_that_only_reads(tmp_path):
-    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path / "later", read_only=True)
-    assert manager.latest_step() is manager.best_step() is None
-    with pytest.warns(UserWarning, match="no such file or directory"):
-        assert manager.restore_state() is None
-    save(dense_model(), tmp_path / "later")
-    assert manager.restore_state() == 0
+def test_manager_that_only_reads_says_that_its_directory_is_missing(tmp_path):
+    save(dense_model(), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"no such file or directory. There are some in: .*/run.$"):
+        KerasOrbaxCheckpointManager(dense_model(), tmp_path / "runs", read_only=True)
 
 
 def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
