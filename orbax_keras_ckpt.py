@@ -1871,12 +1871,10 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config: Any = keras.saving.serialize_keras_object(model)
             policy = keras.saving.serialize_keras_object(model.dtype_policy)
             lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            # Missing from the configs of enclosing layers. The order of model.variables does not depend on what is
-            # frozen, while that of the groups does.
-            weights = [variable for group in _WEIGHTS for variable in getattr(model, group)]
-            places = {id(variable): place for place, variable in enumerate(weights)}
-            order = [places[id(variable)] for variable in model.variables]
-            config = {**config, "dtype_policy": policy, "lora": lora, "order": order}
+            ids = {id(variable) for variable in model.trainable_variables}
+            trainable = [id(variable) in ids for variable in model.variables]
+            # All missing from the configs of enclosing layers.
+            config = {**config, "dtype_policy": policy, "lora": lora, "trainable": trainable}
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {error}"}, {}
@@ -1911,13 +1909,14 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
             layer = _layers(model)[int(place)]
             if not layer.lora_enabled:
                 layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
-        variables = model.variables
-        weights = [(spec.path, group == _WEIGHTS[0]) for group in _WEIGHTS for spec in record.variables[group]]
-        saved = [weights[place] for place in record.model["order"]]
-        for live, place in _pair_ends([each.path for each in variables], [path for path, _ in saved]).items():
-            _rename(variables[live], saved[place][0])
-            if variables[live].trainable != saved[place][1]:  # missing from the configs of nested layers
-                variables[live].trainable = saved[place][1]
+        # Unlike that of the groups, the order of model.variables does not depend on what is frozen.
+        variables, trainable = model.variables, record.model["trainable"]
+        paths = {group: iter(record.variables[group]) for group in _WEIGHTS}
+        saved = [next(paths[_WEIGHTS[not is_trainable]]).path for is_trainable in trainable]
+        for live, place in _pair_ends([variable.path for variable in variables], saved).items():
+            _rename(variables[live], saved[place])
+            if variables[live].trainable != trainable[place]:
+                variables[live].trainable = trainable[place]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     with tempfile.TemporaryDirectory() as folder:  # outside safe mode, as in Keras: these are files
