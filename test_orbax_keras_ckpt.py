@@ -145,6 +145,8 @@ def seed(number):
     keras.utils.set_random_seed(number)
     # Which set_random_seed leaves alone in older versions of Keras.
     keras.src.backend.common.global_state.set_global_attribute("global_seed_generator", None)
+    if torch:
+        torch.manual_seed(number)
 
 
 def next_draws():
