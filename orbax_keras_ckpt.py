@@ -15,11 +15,11 @@
     # Killed? Run the same script again. It resumes where it stopped, bit for bit.
 
     model = load_model("/tmp/ckpt")              # without the code that built it
-    $ python orbax_keras_ckpt.py /tmp/ckpt       # lists the checkpoints; --verify checks them
+    $ python orbax_keras_ckpt.py /tmp/ckpt       # (under this name) lists the checkpoints; --verify checks them
 
 Promised:
 
-- P1: The same script again continues with the batch after the newest checkpoint and ends at the same `epochs`.
+- P1: Rerun, a script continues with the batch after the newest checkpoint and ends at the same `epochs`.
 - P2: Weights, optimizer, metrics, random draws and `History` equal those of an uninterrupted run, bit for bit.
 - P3: Once the first save is committed, there is always a restorable checkpoint, whenever the process is killed.
 - P4: `stateful` callbacks and data iterators are restored as they were.
@@ -29,7 +29,7 @@ Promised:
 - P8: On SIGTERM the state is saved within a batch, and the process exits with code 143.
 - P9: Several processes save, restore, fall back and stop at the same step. A run can continue on any number of
   processes and devices, with any layout.
-- P10: Bad arguments, another backend, and a model or directory that cannot be saved are refused before training starts.
+- P10: Bad arguments, another backend, unsaveable models and unwritable directories are refused before training.
 - P11: Numbers in automatic names (`dense_3`) may differ: variables are matched by path.
 - P12: Checkpoints of the guide's version and of `keras.callbacks.OrbaxCheckpoint` are restored. `load_model` rebuilds a
   model from the directory alone.
@@ -37,14 +37,15 @@ Promised:
 Not promised:
 
 - State of optimizers other than `model.optimizer`, and of validation data that is a generator.
+- Metrics that count on from epoch to epoch.
 - Generators that run out, or that are shared by two fits: Keras keeps the batches it has read ahead.
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
 - Each process's random states and `stateful` objects, when a run continues on another number of processes: all take
   those of process 0.
 - Detection of damage in checkpoints written by other tools, which have no checksums.
 - Validation that changes non-trainable variables larger than 1 MiB, if a signal interrupts it.
-- On Python 3.12 and later, a manual `save_state()` that is still running when the script ends: Python can start no
-  thread then, and the save fails with a message. Call `close()` or `wait_until_finished()` first.
+- On Python 3.12 and later, a manual `save_state()` that is still running when the script ends: Python starts no
+  threads then, and the save fails with a message. Call `close()` or `wait_until_finished()` first.
 
 On disk, where step 2 is the newest, readable with plain Orbax:
 
@@ -267,7 +268,7 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             array = np.load(io.BytesIO(data), allow_pickle=False)
             array = array.view(jax.numpy.dtype(other)) if other else array
             return array if kind == "numpy" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
-    raise ValueError(f"{kind!r} is not a kind of value that is saved")
+    raise ValueError(f"unknown kind of saved value: {kind!r}")
 
 
 def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
@@ -308,7 +309,7 @@ class _Record:
 
     @property
     def processes(self) -> int:
-        """How many processes saved the checkpoint; each of several has an archive."""
+        """How many processes saved the checkpoint. Several have an archive each."""
         return len(self.run or [None])
 
     def to_metadata(self) -> dict[str, Any]:
@@ -324,7 +325,7 @@ class _Record:
             return None
         fields = dict(fields)
         if fields.pop("crc32", None) != _checksum(fields):
-            raise ValueError("our record in _CHECKPOINT_METADATA does not have the checksum that it was saved with")
+            raise ValueError("the record in _CHECKPOINT_METADATA does not match its checksum")
         if (found := fields.pop("format")) > _FORMAT:
             raise CheckpointError(
                 f"The checkpoint's record has format {found}; this copy of orbax_keras_ckpt.py ({__version__}) reads "
@@ -345,7 +346,7 @@ class _Record:
 
 _TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
 _SEAMS = {
-    "keras:Model._flatten_layers": "layers inside of layers",
+    "keras:Model._flatten_layers": "nested layers",
     "keras:Model.jax_state_sync": "the end of fit, and of the train batches of an epoch",
     "keras.src.utils.naming:to_snake_case": "names that Keras makes up",
     "keras.src.backend.common.global_state:get_global_attribute": "Keras's global seed generator",
@@ -380,12 +381,6 @@ def _untested(problem: str) -> RuntimeError:
         f"{problem} ({versions}). This copy of orbax_keras_ckpt.py, version {__version__}, was tested with {_TESTED}. "
         "Nothing was changed or trained. Get a newer copy, or install versions that were tested."
     )
-
-
-def _start_at_epoch(model: keras.Model, epoch: int | None) -> None:
-    """Makes the `fit` that is about to loop start at `epoch`; None resets that."""
-    # Keras has no public way for a callback to change the first epoch, and never resets this attribute.
-    model._initial_epoch = epoch
 
 
 class _Fit(NamedTuple):
@@ -445,9 +440,24 @@ def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended
     vars(model)["jax_state_sync"] = jax_state_sync
 
 
-def _unwatch_fit(model: keras.Model) -> None:
+def _unwatch_fit(model: keras.Model, fit: _Fit) -> None:
     vars(model).pop("jax_state_sync", None)
-    _start_at_epoch(model, None)
+    vars(fit.callbacks).pop("on_epoch_begin", None)
+    model._initial_epoch = None
+
+
+def _start_at_epoch(model: keras.Model, fit: _Fit, epoch: int) -> None:
+    """Makes the `fit` that is about to loop start at `epoch`."""
+    # Keras has no public way for a callback to change the first epoch, and never resets the attribute. It must be reset
+    # before the first hook of an epoch, because a callback may call fit there.
+    on_epoch_begin = fit.callbacks.on_epoch_begin
+
+    def begin(epoch: int, logs: Any = None) -> None:
+        del fit.callbacks.on_epoch_begin
+        model._initial_epoch = None
+        on_epoch_begin(epoch, logs)
+
+    model._initial_epoch, fit.callbacks.on_epoch_begin = epoch, begin
 
 
 def _last_logs(fit: _Fit) -> Any:
@@ -794,8 +804,8 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
             raise ValueError(
-                f"The model {model.name!r} is not compiled. Call model.compile() first, "
-                "or restore with weights_only=True."
+                f"The model {model.name!r} is not compiled. Call model.compile() first; only "
+                "restore_state(weights_only=True) works without."
             )
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -1047,6 +1057,22 @@ def _is_saveable(value: Any) -> bool:
     return True
 
 
+def _set_generator(generator: Any, other: Any) -> bool:
+    """Sets a random generator to the state of another one, if both are of one kind."""
+    kind = type(generator)
+    if kind is not type(other) or kind not in (np.random.Generator, np.random.RandomState, random.Random):
+        return False
+    if kind is random.Random:
+        generator.setstate(other.getstate())
+    elif kind is np.random.RandomState:
+        generator.set_state(other.get_state(legacy=False))
+    elif type(generator.bit_generator) is type(other.bit_generator):
+        generator.bit_generator.state = other.bit_generator.state
+    else:
+        return False
+    return True
+
+
 def _is_same(one: Any, other: Any) -> bool:
     """Whether two values would be saved as the same bytes."""
     if type(one) is not type(other):
@@ -1058,14 +1084,23 @@ def _is_same(one: Any, other: Any) -> bool:
     return json.dumps(text) == json.dumps(other_text) and all(map(np.array_equal, arrays, others))
 
 
-def _is_order(value: Any) -> bool:
-    """Whether an attribute of a dataset may determine the order of its data; large arrays are taken for the data."""
+def _is_order(value: Any, has_hooks: bool = True) -> bool:
+    """Whether an attribute of a dataset may determine the order of its data.
+
+    Large arrays are taken for the data, and so is every array and list of a dataset that has no hooks to shuffle in.
+    """
+    if not has_hooks:
+        return isinstance(value, (*_PLAIN, np.random.Generator, np.random.RandomState, random.Random))
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
         return is_small and _is_saveable(value.reshape(-1)[:1])
     if type(value) in (list, tuple, set, dict):
         return all(map(_is_order, [*value, *value.values()] if isinstance(value, dict) else value))
     return type(value) in _PLAIN or _is_saveable(value)
+
+
+# What the script set, by object. One that is given to a second callback has changed already.
+_INITIAL: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class _Stateful:
@@ -1080,37 +1115,43 @@ class _Stateful:
         self.label = f"{label} ({self.name})"
         bases = (keras.callbacks.Callback, keras.utils.PyDataset)
         self._base: Any = next((base for base in bases if isinstance(member, base)), None)
-        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
-            raise TypeError(
-                f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
-                "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
-            )
         methods = _state_methods(member)
         if methods is None and self._base is None:
             raise TypeError(
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
+        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
+            raise TypeError(
+                f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
+                "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
+            )
+        hooks, base = ("on_epoch_begin", "on_epoch_end"), keras.utils.PyDataset
+        self._hooks = [name for name in hooks if getattr(type(member), name, None) is not getattr(base, name, None)]
         own: tuple[Callable, Callable] = self._changed, self._set_changed
         self.get, self._put = methods or own
         self._initial: dict[str, Any] = {}
         if methods is None:
             kinds = object if self._base is keras.callbacks.Callback else _PLAIN
-            self._initial = {name: value for name, value in self.copy().items() if isinstance(value, kinds)}
+            initial = {name: value for name, value in self.copy().items() if isinstance(value, kinds)}
+            self._initial = _INITIAL.setdefault(member, initial)
 
     def _changed(self) -> dict[str, Any]:
         inherited, changed = vars(self._base()), {}
         for name, value in vars(self.member).items():
             if name in inherited or (isinstance(value, _CODE) and value not in _OPERATIONS.values()):
                 continue
-            if self._base is keras.utils.PyDataset and not _is_order(value):
+            if self._base is keras.utils.PyDataset and not _is_order(value, bool(self._hooks)):
                 continue  # its data
             if name not in self._initial or not _is_same(value, self._initial[name]):
                 changed[name] = value
         return changed
 
     def _set_changed(self, changed: Mapping[str, Any]) -> None:
-        vars(self.member).update(_copied(self._initial) | changed)
+        attributes = vars(self.member)
+        for name, value in (_copied(self._initial) | changed).items():
+            if not _set_generator(attributes.get(name), value):  # which other objects may hold too
+                attributes[name] = value
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1176,8 +1217,9 @@ class _Resumable:
         methods = _state_methods(data)
         if methods is None or not hasattr(data, "__iter__"):
             raise TypeError(
-                f"resumable({type(data).__name__}): give an iterator with get_state and set_state (Grain) or with "
-                "state_dict and load_state_dict, or a loader that has these (torchdata's StatefulDataLoader)."
+                f"resumable({type(data).__name__}): give an iterator with get_state and set_state (Grain: "
+                "iter(dataset)) or with state_dict and load_state_dict, or a loader that has these (torchdata's "
+                "StatefulDataLoader)."
             )
         self._data, (self._get, self._put) = data, methods
         self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
@@ -1209,10 +1251,11 @@ class _Resumable:
             self._put(copy.deepcopy(state))
         self._iterator = iter(self._data)  # only then does a loader apply the state
 
-    def begin(self, state: Any) -> None:
-        """Called when `fit` begins: sets the data to `state`, or to its beginning."""
-        if state is not None or self._drawn_earlier:  # else it is there already, and a restart may draw random numbers
-            self._restart(self._beginning if state is None else state)
+    def begin(self, saved: Any) -> None:
+        """Called when `fit` begins: sets the data to the saved state, or to its beginning."""
+        if saved is not None or self._drawn_earlier:  # else it is there already, and a restart may draw random numbers
+            self._beginning, state = saved or (self._beginning, self._beginning)
+            self._restart(state)
             self._states.clear()
             self._number, self.stale = 0, self.drawn
 
@@ -1225,15 +1268,21 @@ class _Resumable:
             self._states.popleft()
             self._number += 1
 
-    def state(self, trained: int) -> Any:
-        """The state before the first batch not yet trained on."""
+    def state(self, trained: int) -> tuple[Any, Any]:
+        """The state at the beginning, and the one before the first batch not yet trained on."""
         self.forget(trained)
         if self._number != trained:
             raise ValueError(
                 f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
                 f"{self._number}. Pass its generator to fit, one batch per step."
             )
-        return self._states[0] if self._states else self._get()
+        return self._beginning, self._states[0] if self._states else self._get()
+
+
+def _draws(value: Any) -> bool:
+    """Whether an attribute is a Keras layer or generator that draws random numbers."""
+    variables = getattr(value, "variables", ()) if isinstance(value, keras.layers.Layer) else ()
+    return isinstance(value, keras.random.SeedGenerator) or any("seed_generator_state" in v.path for v in variables)
 
 
 class _Dataset(_Stateful):
@@ -1241,9 +1290,12 @@ class _Dataset(_Stateful):
 
     def __init__(self, dataset: keras.utils.PyDataset):
         super().__init__(dataset, "the dataset")
-        hooks, base = ("on_epoch_begin", "on_epoch_end"), keras.utils.PyDataset
-        self._hooks = [name for name in hooks if getattr(type(dataset), name, None) is not getattr(base, name, None)]
         self._marks = {} if _state_methods(dataset) else self._unsaved()
+        if random := [name for name in self._marks if _draws(getattr(dataset, name))]:
+            _warn(
+                f"{self.name} draws random numbers by Keras ({', '.join(random)}), whose state is not saved: a resumed "
+                "run sees other data. Give the dataset get_state and set_state."
+            )
         if opaque := [name for name, mark in self._marks.items() if mark is None]:
             self.warn(f"may change attributes that cannot be saved: {', '.join(opaque)}")
 
@@ -1389,9 +1441,17 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     return handler
 
 
+def _json(path: epath.Path) -> Any:
+    """The contents of a JSON file. The ValueError for a damaged one names it."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+
+
 def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
     """Opens arrays written by the save of that id, or, with None, by Orbax. ValueError if one is not as expected."""
-    driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
+    driver = "zarr3" if save or _json(directory / "_METADATA").get("use_zarr3") else "zarr"
     context, spec = _context(), {"driver": driver, "fill_missing_data_reads": False}
     specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
     opening = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
@@ -1620,17 +1680,18 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:
+        text = str(error).split(" [tensorstore_spec")[0].strip()[:500]
         if _is_damage(error) and (_is_bucket(path) or path.parent.exists()):
-            text = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            text = f"{type(error).__name__}: {text}"
             raise CheckpointCorruptError(f"Step {step} in {path.parent} is damaged: {text}") from error
         if type(error) is ValueError:  # of TensorStore
-            raise OSError(errno.EIO, f"Step {step} in {path.parent} cannot be read: {error}") from error
+            raise OSError(errno.EIO, f"Step {step} in {path.parent} cannot be read: {text}") from error
         raise
 
 
 def _metadata(path: epath.Path) -> dict[str, Any]:
     """Orbax's metadata of a step. Its own metadata() reads a lot more, and does not work everywhere."""
-    return json.loads((path / _METADATA).read_text())
+    return _json(path / _METADATA)
 
 
 def _read_record(step: int, path: epath.Path) -> _Record | None:
@@ -1646,7 +1707,7 @@ def _array_folder(path: epath.Path) -> epath.Path:
 
 def _tree_paths(directory: epath.Path) -> list[str]:
     """The paths of the arrays in an Orbax tree."""
-    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    tree = _json(directory / "_METADATA")["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
     return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
@@ -1657,7 +1718,7 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
     variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
     for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
         if store.codec and {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
-            raise ValueError("our record is no longer in _CHECKPOINT_METADATA")
+            raise ValueError("_CHECKPOINT_METADATA has lost its record")
         group, _, rest = paths[name].partition("/")
         if group in variables:
             variables[group].append(_Spec(rest, store.shape, store.dtype.name))
@@ -1719,7 +1780,7 @@ _VariablesFor = Callable[[int, _Record | None, epath.Path], tuple[_Variables, li
 class _Restore:
     """A restore from a directory: which steps, into which variables, and how.
 
-    `variables_for(step, record, folder)` returns the variables to restore into, and why else the step cannot be used;
+    `variables_for(step, record, folder)` returns the variables to restore into, and other reasons to refuse the step;
     its errors propagate. With `sets_aside`, damaged steps are renamed.
     """
 
@@ -1767,8 +1828,8 @@ class _Restore:
             step = _gather(self.best_step() if self.best_step else _best(_records(steps)))[0]
             if step is None:
                 raise CheckpointError(
-                    f"No checkpoint in {self.directory} is known as the best one: either there is none, or they were "
-                    "saved without monitor=..., or without that metric. Give the number of a step."
+                    f"No checkpoint in {self.directory} is known as the best: there is none, or the monitored metric "
+                    "is missing or NaN, or monitor=... was not given. Give the number of a step."
                 )
         if step is not None and (isinstance(step, str) or step not in steps):
             raise _no_such_step(step, self.directory, steps)
@@ -1821,7 +1882,8 @@ class _Restore:
             what, hint = "cannot be continued", ""
             way = "Use the same data and settings as before, or another directory"
         elif all(line.startswith(_GROUPS[2]) for line in differences):
-            what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as it was saved"
+            what = "has the model's weights, but other optimizer variables"
+            way = "Compile and freeze as when saved, or use another directory"
             hint = f"The argument weights_only=True {of} restores the weights alone."
         raise CheckpointMismatchError(
             f"Step {step} in {self.directory} {what}:\n{_listing(problems + differences)}\n"
@@ -1842,22 +1904,22 @@ class _Restore:
 
 
 def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
-    """Reads everything in a step, with a progress bar. CheckpointCorruptError if anything is damaged."""
-    print(f"Step {step}:", flush=True)
+    """Reads everything in a step; a terminal shows progress. CheckpointCorruptError if anything is damaged."""
+    print(f"Step {step}:\n" * sys.stdout.isatty(), end="", flush=True)
     with _reading(step, path):
         folder = _array_folder(path)
         arrays = _arrays_of(_saved_variables(path, record))
         if record:
             _check_tree(folder, arrays)
         stores = _open_arrays(folder, arrays, record.save if record else None)
-        progress = keras.utils.Progbar(len(stores), unit_name="array")
+        progress = keras.utils.Progbar(len(stores), unit_name="array", verbose=int(sys.stdout.isatty()))
         for store in stores:
             store.read().result()
             progress.add(1)
         if record and record.run:
             for process in range(record.processes):
                 if (name := _read_archive(path, record, process).testzip()) is not None:
-                    raise ValueError(f"{name!r} in what process {process} has saved has another checksum")
+                    raise ValueError(f"{name!r}, saved by process {process}, does not match its checksum")
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -1877,7 +1939,7 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config = {**config, "dtype_policy": policy, "lora": lora, "trainable": trainable}
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
-        return {"error": f"{type(error).__name__}: {error}"}, {}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
 
 
 def _lora(layer: keras.layers.Layer) -> list[Any]:
@@ -1984,6 +2046,7 @@ _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_wri
 _ELSEWHERE = {  # arguments of other callbacks, and what to use here instead
     "filepath": "The directory is checkpoint_dir.",
     "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
+    "options": "Give its fields as keywords.",
     "save_weights_only": "All of the state is saved; restore_state(weights_only=True) restores the weights alone.",
 }
 
@@ -2017,6 +2080,9 @@ def _check_arguments(
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
     _check_keywords(KerasOrbaxCheckpointManager, options)
+    for name in ("save_interval_steps", "keep_period"):
+        if options.get(name) is not None and not _is_count(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: give a number of steps, 1 or more.")
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
@@ -2050,7 +2116,7 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
         raise OSError(
             errno.EIO,
             f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). "
-            "Needed are the package gcsfs, credentials, and permission to list, read, write and delete objects there",
+            "Install gcsfs; check credentials and the permission to list, read, write and delete objects there",
         ) from error
 
 
@@ -2060,8 +2126,10 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     if _is_bucket(directory):
         _check_bucket(directory, is_read_only)
     elif is_read_only:
-        if not directory.exists():
-            raise FileNotFoundError(_nothing_in(directory))
+        try:
+            _entries(directory)
+        except FileNotFoundError:
+            raise FileNotFoundError(_nothing_in(directory)) from None
     else:
         try:
             if options.get("create", True):
@@ -2070,7 +2138,8 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
                 pass
         except OSError as error:
             problem = f"checkpoint_dir={str(directory)!r} cannot be written to ({error.strerror})"
-            raise OSError(error.errno, f"{problem}. Choose another directory") from error
+            advice = "Choose another directory, or, to restore only, a manager with read_only=True"
+            raise OSError(error.errno, f"{problem}. {advice}") from error
     return directory
 
 
@@ -2126,8 +2195,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
             metric, and always the newest. Defaults to None.
         mode: Whether lower (`"min"`) or higher (`"max"`) is better; `"auto"` takes it from the model's metrics.
             Defaults to `"auto"`.
-        compression: Whether to compress with zstd: float weights take about 8 % less space, and saving about
-            twice the time. Defaults to False.
+        compression: Whether to compress with zstd: about 8 % less space for float weights, about twice the
+            time to save. Defaults to False.
         **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
             `preservation_policy`, `max_to_keep` is ignored.
@@ -2151,6 +2220,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         compression: bool = False,
         **kwargs: Any,
     ):
+        """Opens the directory, and creates it if it is missing."""
         _check_backend()
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
         _check_seams(model)
@@ -2292,7 +2362,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             )
 
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
-        """Starts to save the model in the background, after a completed epoch.
+        """Starts saving the model in the background, after a completed epoch.
 
         Args:
             epoch: The completed epoch, counted from 0; the step is `epoch * steps_per_epoch`.
@@ -2404,8 +2474,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 _set_aside(path, _REPLACED)
         if step <= (newest := self._agreed_latest_step()):
             raise ValueError(
-                f"Step {step} is not above {newest}, the newest in {self.directory}. A directory holds one run, "
-                "whose steps only go up. Nothing was saved. Continue with a later epoch, or use another directory."
+                f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
+                "run saves there too, use another directory; otherwise, continue with a later epoch."
             )
 
     def _agreed_latest_step(self) -> int:
@@ -2424,7 +2494,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if self._monitor is not None and self._monitor not in found and is_complete:
             _warn(
                 f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
-                f"the worst. There are: {', '.join(map(repr, found)) or 'none'}.",
+                f"the worst. It has: {', '.join(map(repr, found)) or 'none'}.",
             )
         return found
 
@@ -2434,7 +2504,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Restores the model from a checkpoint and verifies the checksums.
 
         Args:
-            step: The step to restore; `"best"` for `best_step()`; None for the newest intact one, where damaged ones
+            step: The step to restore; `"best"` for `best_step()`; None for the newest intact one; damaged newer ones
                 cause a warning and are renamed to `<step>.damaged`. Defaults to None.
             weights_only: Whether to restore only the weights and not the optimizer. The model need not be
                 compiled then. Defaults to False.
@@ -2500,12 +2570,13 @@ class KerasOrbaxCheckpointManager(_Hooked):
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+        text += " Call close() before the script ends." if "shutdown" in text else ""
         if not is_committed:
             raise CheckpointError(
-                f"Saving step {step} in {self.directory} has failed, and it is not listed there. Earlier "
-                f"checkpoints are as they were. {text}"
+                f"Saving step {step} in {self.directory} has failed: that step does not exist. Earlier "
+                f"checkpoints are unchanged. {text}"
             ) from error
-        _warn(f"Step {step} in {self.directory} is saved, but not all of what follows was done. {text}")
+        _warn(f"Step {step} in {self.directory} is saved, but cleaning up after it failed. {text}")
 
     def _commit_failed(self, error: BaseException) -> None:
         self._is_writing = False
@@ -2521,7 +2592,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
-                "this one has for itself. Call keras.distribution.set_distribution() before the model is built."
+                "are not distributed. Call keras.distribution.set_distribution() before the model is built."
             )
 
 
@@ -2576,14 +2647,22 @@ def load_model(
             assert record is not None
             with _reading(step, path):
                 archive = _read_archive(path, record) if record.run else None
-            model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+            try:
+                model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+            except Exception as error:
+                error.add_note(
+                    "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss "
+                    "or metrics are custom; or build the model as its script does, and restore it by "
+                    "KerasOrbaxCheckpointManager.restore_state()."
+                )
+                raise
             if model.built:
                 models[:] = [model]
                 return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
             problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
         raise CheckpointError(
-            f"Step {step} in {directory} has no config that makes its model: {problem}. Make the model as "
-            "its script does, and give it the state by KerasOrbaxCheckpointManager.restore_state()."
+            f"Step {step} in {directory} cannot be loaded without its code: {problem}. Build the model as "
+            "its script does, then call KerasOrbaxCheckpointManager.restore_state()."
         )
 
     _wait_for_saves(directory)
@@ -2742,7 +2821,7 @@ class _Run(keras.callbacks.Callback):
             raise
 
     def _begin(self) -> None:
-        self.undo.callback(_unwatch_fit, self._model)
+        self.undo.callback(_unwatch_fit, self._model, self.fit)
         self._check()
         rate, resumable = _learning_rate(self._model), self.callback._resumable
         found = self.manager._restore(None, self._plan, donate=True)
@@ -2773,21 +2852,24 @@ class _Run(keras.callbacks.Callback):
                 "checkpoint.resumable(data) was called, but what it returned was not passed to fit, or steps_per_epoch "
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
+        callbacks = [each for each in self.callback._stateful if isinstance(each.member, keras.callbacks.Callback)]
+        if idle := [each.label for each in callbacks if each.member not in self.fit.callbacks.callbacks]:
+            _warn(f"{', '.join(idle)} was not passed to fit(callbacks=[...]), so it does nothing here.")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(
-                "The validation data is a generator, which Keras reads on from one validation to the next: a resumed "
+                "The validation data is a generator, which Keras does not restart for each validation: a resumed "
                 "run validates on other batches. Use arrays or a dataset."
             )
         optimizers = {n: v for n, v in vars(self._model).items() if isinstance(v, keras.optimizers.Optimizer)}
         if others := [name for name, optimizer in optimizers.items() if optimizer is not self._model.optimizer]:
             _warn(
-                f"The state of further optimizers of the model is not saved: {', '.join(others)}. Give them as "
-                "objects with get_state and set_state in stateful."
+                f"The state of further optimizers of the model is not saved: {', '.join(others)}. Pass them in "
+                "stateful, as objects with get_state and set_state."
             )
-        if _has_workers(self.fit) and iterator.data_adapter.shuffle:
+        if _has_workers(self.fit) and (iterator.data_adapter.shuffle or self.dataset._hooks):
             _warn(
-                f"{self.dataset.name} has workers={self.fit.data.workers}: with shuffle=True, Keras carries batches "
-                "over from one epoch to the next, so a resumed run gets other batches. Use workers=1, or shuffle=False."
+                f"{self.dataset.name} has workers={self.fit.data.workers}: batches are loaded before the shuffle for "
+                "their epoch, so a resumed run gets other batches. Use workers=1."
             )
 
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
@@ -2795,10 +2877,11 @@ class _Run(keras.callbacks.Callback):
         per_epoch = self.manager._steps_per_epoch
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
-        # If this process has already trained this far and then recompiled the model, the new optimizer is kept.
+        # If this process has already trained this far and then recompiled the model, the new optimizer is kept. If more
+        # epochs are done than asked for, a later fit with another optimizer may have done them.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
-        is_new = is_of_here and self._model.optimizer is not optimizer
+        is_new = start.epoch > self.fit.epochs or (is_of_here and self._model.optimizer is not optimizer)
         metrics = record is not None and _GROUPS[3] in record.variables
         return _variables(self._model, not is_new, metrics), list(self._differences(step, record))
 
@@ -2830,7 +2913,7 @@ class _Run(keras.callbacks.Callback):
                 _warn(f"Step {step}: {problem}. The data starts from its beginning.")
             return
         if record.is_resumable and self.callback._resumable is None:
-            yield "fit read checkpoint.resumable(data) then, but now reads other data"
+            yield "fit read checkpoint.resumable(data) then, but does not now"
         then, now = record.num_batches, iterator.num_batches
         if start.batch and then and now and then != now:
             lengths = f"{then} batches, and now an epoch has {now}"
@@ -2850,7 +2933,8 @@ class _Run(keras.callbacks.Callback):
         else:
             line = f"Continue with epoch {done + 1} of {epochs}"
             line += f", after batch {self.start.batch}" if self.start.batch else ""
-        line += f" (step {self.restored.step} in {self.manager.directory})"
+        by = "" if self.restored.record else ", written by another tool"
+        line += f" (step {self.restored.step} in {self.manager.directory}{by})"
         if None not in (rate, script_rate) and rate != script_rate:
             line += f", with the learning rate {rate:g} instead of the script's {script_rate:g}"
         self.say("Load Orbax checkpoint on_train_begin.")
@@ -2865,7 +2949,8 @@ class _Run(keras.callbacks.Callback):
         self.is_inside = record is not None and bool(record.unfinished)
         *others, metrics = _train_state(self._model)
         self.before_batch = _references(others), _copies(metrics)
-        _start_at_epoch(self._model, self.fit.epochs if self._is_over(record) else self.start.epoch)
+        if self.restored.step is not None:  # else keras.callbacks.BackupAndRestore may have set it
+            _start_at_epoch(self._model, self.fit, self.fit.epochs if self._is_over(record) else self.start.epoch)
 
     def _put_back(self, own: Mapping[str, Any]) -> None:
         """Restores the state of the run other than variables."""
@@ -2882,7 +2967,6 @@ class _Run(keras.callbacks.Callback):
     # Batches.
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        _start_at_epoch(self._model, None)  # fit has read it, and a callback may call fit too
         self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
         if self.is_inside:
             self.before -= self.start.batch
@@ -2916,7 +3000,8 @@ class _Run(keras.callbacks.Callback):
             resumable.stale -= 1
         if self.dataset and self.fit.epoch_iterator.steps_per_epoch and _reads_ahead(iterator):
             self.dataset.warn("run after batches that are read ahead by Keras from one epoch into the next")
-        if is_first and (count := self.restored.own.get("count")):
+        goes_on = self.start.batch or self.fit.epoch_iterator.steps_per_epoch  # else the script may have changed it
+        if is_first and goes_on and (count := self.restored.own.get("count")):
             now = self._origin()
             self._put_back(self.restored.own["origin"])
             self._skip(count)
@@ -2943,7 +3028,7 @@ class _Run(keras.callbacks.Callback):
                 ) from None
 
     def _compare_last(self) -> None:
-        """Raises or warns if the last skipped batch is not the one that was trained on."""
+        """Raises or warns if the last skipped batch is not the one trained on."""
         step, record, own = self.restored
         saved, found = own["last"], _fingerprint(self.reader.last)
         if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
@@ -3104,7 +3189,7 @@ class _Run(keras.callbacks.Callback):
             self._leave()
 
     def _leave(self) -> None:
-        """Ends the process as a signal asks, with everything on disk."""
+        """Ends the process as the signal asks, once all is on disk."""
         self.manager.wait_until_finished()
         name = signal.Signals(self.preemption.received).name
         self.say(f"Stop on {name}: the run is saved. The same script continues it.")
@@ -3124,7 +3209,7 @@ def _check_callback_arguments(
     if verbose not in (0, 1):
         raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
     if options.get("read_only"):
-        raise ValueError("read_only=True: this callback saves. Restore by the manager alone, before fit.")
+        raise ValueError("read_only=True: this callback saves. To only restore, use the manager.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
     is_name, is_time = isinstance(save_freq, str), isinstance(save_freq, datetime.timedelta)
@@ -3135,17 +3220,17 @@ def _check_callback_arguments(
             'or "auto".'
         )
     if monitor is not None and save_freq != "epoch":
-        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only then there are logs to judge by.')
+        raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only epochs have logs to compare.')
 
 
 class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """Saves the full training state during `fit`, and resumes from it when `fit` starts.
 
-    The same script run again continues with the batch after the newest checkpoint and stops at the same
+    Rerun, a script continues with the batch after the newest checkpoint and stops at the same
     `epochs`. Batches of that epoch already trained on are skipped, so the data must come in the same order. If
     the run is complete, or was stopped by another callback, `fit` loads the final state and returns. `fit`
     returns only when every save is committed. Pass one such callback per `fit`, anywhere in the list. A second
-    `fit` in the same process continues likewise; a model recompiled in between keeps its new optimizer.
+    `fit` with the same callback continues too; a model recompiled in between keeps its new optimizer.
 
     Example:
 
@@ -3168,8 +3253,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         mode: Whether lower (`"min"`) or higher (`"max"`) is better; `"auto"` takes it from the model's metrics.
             Defaults to `"auto"`.
         stateful: Other objects whose state is saved: Keras callbacks (also passed to `fit`), and objects with
-            `get_state` and `set_state` or `state_dict` and `load_state_dict`. Of a Keras callback without such
-            methods, the attributes are saved that have changed since the `OrbaxCheckpointCallback` was created.
+            `get_state` and `set_state` or `state_dict` and `load_state_dict`. For a Keras callback without
+            them, attributes changed since the `OrbaxCheckpointCallback` was created are saved.
             For data iterators, use `resumable()`. Defaults to `()`.
         preemption_signals: Signals on which the state is saved within a batch and the process exits with code
             128 + signal: 143 for SIGTERM (SIGINT raises `KeyboardInterrupt`). Python handlers installed before
@@ -3187,7 +3272,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         TypeError: A keyword is neither an argument of this class nor an Orbax option, or the state of a
             `stateful` object cannot be saved.
         OSError: The directory cannot be reached or written to.
-        RuntimeError: Keras, Orbax or JAX lacks something private that this file uses, or `fit` is overridden.
+        RuntimeError: Keras, Orbax or JAX lacks a private attribute used here, or `fit` is overridden.
         CheckpointMismatchError: In `fit`: the newest checkpoint does not match the model, or the run resumes inside
             an epoch and the number or shape of the batches has changed. Changed content only causes a warning.
         CheckpointCorruptError: In `fit`: every checkpoint is damaged.
@@ -3231,7 +3316,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.
 
         A resumed run starts with the first batch not yet trained on, even if Keras had read ahead: no batch is
-        repeated or lost. When `data` runs out, it starts over.
+        repeated or lost. When `data` runs out, it starts over, an iterator from where it stood when passed to this.
 
         Example:
 
@@ -3305,7 +3390,7 @@ def _look(directory: str, verify: bool) -> bool:
         try:
             with _reading(step, path):
                 if (record := _read_record(step, path)) is None:
-                    marks, result = ["written by another tool", *marks], "All can be read; some have no checksums."
+                    marks, result = ["written by another tool", *marks], "All readable; some lack checksums."
                 row = _row(path, record)
                 if verify:
                     _verify(step, path, record)
