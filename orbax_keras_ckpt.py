@@ -810,11 +810,24 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         members[_GROUPS[2]] = list(model.optimizer.variables)
-    _check_paths({name: [variable.path for variable in variables] for name, variables in members.items()})
-    groups = {name: {variable.path: variable for variable in variables} for name, variables in members.items()}
+    paths = {name: [variable.path for variable in variables] for name, variables in members.items()}
+    if optimizer:
+        paths[_GROUPS[2]] = _distinct(paths[_GROUPS[2]])
+    _check_paths(paths)
+    groups = {name: dict(zip(paths[name], variables)) for name, variables in members.items()}
     if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
     return groups
+
+
+def _distinct(paths: list[str]) -> list[str]:
+    """The paths, with numbers where several are equal: Keras's Adafactor names its variables alike."""
+    counts, seen = collections.Counter(paths), collections.Counter[str]()
+    numbered = []
+    for path in paths:
+        seen[path] += 1
+        numbered.append(f"{path}-{seen[path]}-of-{counts[path]}" if counts[path] > 1 else path)
+    return numbered
 
 
 def _check_paths(groups: Mapping[str, list[str]]) -> None:
@@ -876,10 +889,11 @@ def _automatic_names(model: keras.Model) -> set[str]:
     return stems
 
 
-def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]:
+def _canonical(paths: Iterable[str], automatic: Iterable[str], is_ordered: bool) -> dict[str, str]:
     """{canonical path: path}. In canonical paths, Keras's own numbers are replaced by "rank of count" among siblings.
 
-    Keras counts up as layers are created, so the order of the numbers is the order of creation.
+    Keras counts up as layers are created, so the order of the numbers is the order of creation. With `is_ordered`,
+    paths are equal only if these ranks come in the same order too; otherwise the user has given some of the numbers.
     """
     ends = {path: list(itertools.accumulate(path.split("/"), "{}/{}".format)) for path in paths}  # a, a/b, a/b/c
     names, siblings = {}, collections.defaultdict(list)
@@ -889,13 +903,17 @@ def _canonical(paths: Iterable[str], automatic: Iterable[str]) -> dict[str, str]
         if (stem := _NUMBER.sub("", names[place])) in automatic:
             siblings[folder, stem].append((int(number[1]) if number else 0, place))
     for (_, stem), members in siblings.items():
-        names |= {place: f"{stem} {rank} of {len(members)}" for rank, (_, place) in enumerate(sorted(members))}
+        ranks = {place: rank for rank, (_, place) in enumerate(sorted(members))}
+        order = zlib.crc32(str([ranks[place] for _, place in members]).encode()) if is_ordered else ""
+        names |= {place: f"{stem} {rank} of {len(members)} {order}" for place, rank in ranks.items()}
     return {"/".join(names[place] for place in places): path for path, places in ends.items()}
 
 
-def _pair_paths(live: Sequence[str], saved: Sequence[str], automatic: Iterable[str]) -> dict[str, str]:
+def _pair_paths(
+    live: Sequence[str], saved: Sequence[str], automatic: Iterable[str], is_ordered: bool = False
+) -> dict[str, str]:
     """{live path: saved path}, matched up to Keras's own numbers first, then exactly."""
-    here, there = _canonical(live, automatic), _canonical(saved, automatic)
+    here, there = (_canonical(paths, automatic, is_ordered) for paths in (live, saved))
     pairs = {path: there[name] for name, path in here.items() if name in there}
     rest = set(saved).difference(pairs.values())
     return pairs | {path: path for path in live if path in rest and path not in pairs}
@@ -919,16 +937,20 @@ def _pair_optimizer(live: Iterable[str], saved: Sequence[str], weights: Mapping[
 _Place = tuple[str, str]  # group and path of a variable
 
 
-def _pair_variables(live: Mapping, saved: Mapping, automatic: Iterable[str]) -> dict[_Place, _Place]:
+def _pair_variables(
+    live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool
+) -> dict[_Place, _Place]:
     """{live: saved}. A weight may have changed its group, if its layer was frozen or unfrozen in between."""
     groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
     here, there = ([s.path for group in _WEIGHTS for s in specs.get(group, [])] for specs in (live, saved))
     weights = _pair_paths(here, there, automatic)
+    places = [(group, s.path) for group in _WEIGHTS for s in live.get(group, [])]
+    if is_ordered and all(groups[weights[path]] == group for group, path in places if path in weights):
+        weights = _pair_paths(here, there, automatic, is_ordered)  # nothing was frozen or unfrozen
     here, there = ([s.path for s in specs.get(_GROUPS[2], [])] for specs in (live, saved))
     optimizer = _pair_optimizer(here, there, weights, automatic)
-    pairs = {(group, s.path): s.path for group in _WEIGHTS for s in live.get(group, []) if s.path in weights}
     return (
-        {place: (groups[weights[path]], weights[path]) for place, path in pairs.items()}
+        {(group, path): (groups[weights[path]], weights[path]) for group, path in places if path in weights}
         | {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in optimizer.items()}
         | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
     )
@@ -969,10 +991,14 @@ def _compare(
     saved: Mapping[str, list[_Spec]],
     strict: bool,
     automatic: Iterable[str],
+    is_ordered: bool,
 ) -> tuple[list[_Source], list[str]]:
-    """What to restore from where, and every difference in words; a dtype counts as one only if `strict`."""
+    """What to restore from where, and every difference in words; a dtype counts as one only if `strict`.
+
+    `is_ordered` says that the saved variables come in their model's order.
+    """
     live = _specs(variables, _values(members.values() for members in variables.values()))
-    pairs = _pair_variables(live, saved, automatic)
+    pairs = _pair_variables(live, saved, automatic, is_ordered)
     places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
     taken = set(pairs.values())
     unexpected = [place for place in places if place not in taken]
@@ -1446,7 +1472,7 @@ def _json(path: epath.Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
+        raise ValueError(f"{error} in {path.name}") from error
 
 
 def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
@@ -1540,6 +1566,7 @@ _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
 _CONTENTS = {_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
+_PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
@@ -1573,7 +1600,10 @@ def _unmark(path: epath.Path) -> None:
 def _may_be_step(path: epath.Path) -> bool:
     """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
-        return {each.name for each in _entries(path)} <= _CONTENTS
+        items = _entries(path)
+        parts = [part.name for item in items if item.is_dir() for part in _entries(item)]
+        own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
+        return _CONTENTS.issuperset(item.name for item in items) and not own
     return False
 
 
@@ -1831,7 +1861,7 @@ class _Restore:
                     f"No checkpoint in {self.directory} is known as the best: there is none, or the monitored metric "
                     "is missing or NaN, or monitor=... was not given. Give the number of a step."
                 )
-        if step is not None and (isinstance(step, str) or step not in steps):
+        if step is not None and (isinstance(step, (str, bool)) or step not in steps):
             raise _no_such_step(step, self.directory, steps)
         return step
 
@@ -1853,7 +1883,10 @@ class _Restore:
                 if record:
                     _check_tree(path / "default", _arrays_of(saved))
             variables, problems = self.variables_for(step, record, path)
-            sources, differences = _compare(variables, saved, self.strict, _automatic_names(self.model_of()))
+            automatic = _automatic_names(self.model_of())
+            sources, differences = _compare(variables, saved, self.strict, automatic, record is not None)
+            with _reading(step, path):
+                differences += _other_assets(self.model_of(), path, record)
             if problems or (differences and self.strict):
                 self._refuse(step, differences, problems)
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
@@ -1884,7 +1917,7 @@ class _Restore:
         elif all(line.startswith(_GROUPS[2]) for line in differences):
             what = "has the model's weights, but other optimizer variables"
             way = "Compile and freeze as when saved, or use another directory"
-            hint = f"The argument weights_only=True {of} restores the weights alone."
+            hint = f"The argument weights_only=True {of}, or compile=False of load_model, restores the weights alone."
         raise CheckpointMismatchError(
             f"Step {step} in {self.directory} {what}:\n{_listing(problems + differences)}\n"
             f"Nothing was changed. {way}. {hint}".rstrip()
@@ -1936,7 +1969,8 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             ids = {id(variable) for variable in model.trainable_variables}
             trainable = [id(variable) in ids for variable in model.variables]
             # All missing from the configs of enclosing layers.
-            config = {**config, "dtype_policy": policy, "lora": lora, "trainable": trainable}
+            layers = [layer.trainable for layer in _layers(model)]
+            config |= {"dtype_policy": policy, "lora": lora, "trainable": trainable, "trainable_layers": layers}
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
@@ -1960,6 +1994,20 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
     return assets
 
 
+def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) -> list[str]:
+    """What differs between the assets of a model and the saved ones, in words."""
+    live: dict[str, bytes] = {}
+    with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
+        live = _saved_assets(model)
+    if not live or record is None or record.run is None:
+        return []
+    archive = _read_archive(path, record)
+    saved = {name: archive.read(f"assets/{name}") for name in live if f"assets/{name}" in archive.namelist()}
+    other = {name.partition("/")[0] for name in live if live[name] != saved.get(name)}
+    names = [layer.name for place, layer in enumerate(_layers(model)) if str(place) in other]
+    return [f"assets: those of layer {name!r}, such as a vocabulary, differ from the saved ones" for name in names]
+
+
 def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **scope: Any) -> keras.Model:
     """The model rebuilt from its config, whose variables have the saved paths but not yet the saved values."""
     earlier = keras.config.dtype_policy()
@@ -1971,6 +2019,9 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
             layer = _layers(model)[int(place)]
             if not layer.lora_enabled:
                 layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
+        for layer, is_trainable in zip(_layers(model), record.model["trainable_layers"]):
+            if layer.trainable != is_trainable:
+                layer.trainable = is_trainable
         # Unlike that of the groups, the order of model.variables does not depend on what is frozen.
         variables, trainable = model.variables, record.model["trainable"]
         paths = {group: iter(record.variables[group]) for group in _WEIGHTS}
@@ -2080,6 +2131,8 @@ def _check_arguments(
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
     _check_keywords(KerasOrbaxCheckpointManager, options)
+    if "/" in (options.get("step_prefix") or ""):
+        raise ValueError(f"step_prefix={options['step_prefix']!r}: give a name without '/'.")
     for name in ("save_interval_steps", "keep_period"):
         if options.get(name) is not None and not _is_count(options[name]):
             raise ValueError(f"{name}={options[name]!r}: give a number of steps, 1 or more.")
@@ -2264,7 +2317,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """The options that say what is kept; removes those that they replace from `given`."""
         if "preservation_policy" in given:
             return {}
-        if self._monitor is None:
+        if self._monitor is None and self._best_fn is None:
             return {"max_to_keep": max_to_keep}
         # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
         policies = [
@@ -2274,13 +2327,14 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if period := given.pop("keep_period", None):
             policies.append(ocp.checkpoint_managers.EveryNSteps(period))
         if interval := given.pop("keep_time_interval", None):
-            policies.append(ocp.checkpoint_managers.EveryNSeconds(int(interval.total_seconds())))
+            policies.append(ocp.checkpoint_managers.EveryNSeconds(math.ceil(interval.total_seconds())))
         return {"preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
-        value = metrics.get(str(self._monitor), math.nan)
-        return -math.inf if math.isnan(value) else value if self._resolved_mode() == "max" else -value
+        score, mode = self._best_fn or (lambda found: found.get(str(self._monitor), math.nan), self._resolved_mode())
+        value = score(metrics)
+        return -math.inf if math.isnan(value) else value if mode == "max" else -value
 
     def _resolved_mode(self) -> str:
         if self._mode == "auto":  # before its first fit, the model does not know its metrics
@@ -2361,6 +2415,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 "variables. That is not in the checkpoint: keep it in variables, made by add_weight().",
             )
 
+    def save(self, *args: Any, **kwargs: Any) -> bool:
+        """Refused, because what it saves has no record. Use `save_state()`."""
+        raise NotImplementedError("Use save_state(): save() of Orbax would save a step that has no record.")
+
     def save_state(self, epoch: int, *, metrics: Mapping[str, float] | None = None) -> bool:
         """Starts saving the model in the background, after a completed epoch.
 
@@ -2381,6 +2439,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
+        self._model.jax_state_sync()  # within fit, by another callback
         self._describe()  # the model may have been recompiled
         return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
@@ -2445,7 +2504,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 match = _STEP.fullmatch(path.name)
                 if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
                     raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
-            self.save(
+            super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
                 metrics=self._judged(record.metrics),
@@ -2526,6 +2585,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             FileNotFoundError: There is no checkpoint of that step.
             OSError: The directory cannot be read. This does not count as damage.
         """
+        self._model.jax_state_sync()  # within fit, by another callback
         variables = _variables(self._model, optimizer=not weights_only)
         found = self._restore(step, lambda *_: (variables, []), strict=strict, donate=donate, own=False)
         if found is None:
@@ -2881,9 +2941,13 @@ class _Run(keras.callbacks.Callback):
         # epochs are done than asked for, a later fit with another optimizer may have done them.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
-        is_new = start.epoch > self.fit.epochs or (is_of_here and self._model.optimizer is not optimizer)
-        metrics = record is not None and _GROUPS[3] in record.variables
-        return _variables(self._model, not is_new, metrics), list(self._differences(step, record))
+        is_new = is_of_here and self._model.optimizer is not optimizer
+        variables = _variables(self._model, not is_new, record is not None and _GROUPS[3] in record.variables)
+        if record is not None and start.epoch > self.fit.epochs:
+            _, differences = _compare(variables, record.variables, True, _automatic_names(self._model), True)
+            if any(line.startswith(_GROUPS[2]) for line in differences):
+                variables.pop(_GROUPS[2], None)
+        return variables, list(self._differences(step, record))
 
     def _is_over(self, record: _Record | None) -> bool:
         """Whether all epochs are done, or a callback stopped an earlier `fit` of at least as many."""
