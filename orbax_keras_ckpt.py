@@ -1317,12 +1317,12 @@ class _Dataset(_Stateful):
     def __init__(self, dataset: keras.utils.PyDataset):
         super().__init__(dataset, "the dataset")
         self._marks = {} if _state_methods(dataset) else self._unsaved()
-        if random := [name for name in self._marks if _draws(getattr(dataset, name))]:
+        if draws := [name for name in self._marks if _draws(getattr(dataset, name))]:
             _warn(
-                f"{self.name} draws random numbers by Keras ({', '.join(random)}), whose state is not saved: a resumed "
+                f"{self.name} draws random numbers by Keras ({', '.join(draws)}), whose state is not saved: a resumed "
                 "run sees other data. Give the dataset get_state and set_state."
             )
-        if opaque := [name for name, mark in self._marks.items() if mark is None]:
+        if opaque := [name for name, mark in self._marks.items() if mark is None and name not in draws]:
             self.warn(f"may change attributes that cannot be saved: {', '.join(opaque)}")
 
     def _unsaved(self) -> dict[str, int | None]:
@@ -2943,7 +2943,7 @@ class _Run(keras.callbacks.Callback):
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_new = is_of_here and self._model.optimizer is not optimizer
         variables = _variables(self._model, not is_new, record is not None and _GROUPS[3] in record.variables)
-        if record is not None and start.epoch > self.fit.epochs:
+        if record is not None and start[:2] > (self.fit.epochs, 0):
             _, differences = _compare(variables, record.variables, True, _automatic_names(self._model), True)
             if any(line.startswith(_GROUPS[2]) for line in differences):
                 variables.pop(_GROUPS[2], None)
