@@ -30,7 +30,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import urllib.request
 import warnings
 import zlib
@@ -383,14 +382,15 @@ STOPPING = keras.callbacks.EarlyStopping("loss")
 class Dataset(keras.utils.PyDataset):
     """Shuffles its index between epochs, by each of the usual ways, or augments its batches."""
 
-    def __init__(self, how, batches=BATCHES, size=6, **kwargs):
+    def __init__(self, how, batches=BATCHES, size=6, given=None, **kwargs):
         super().__init__(**kwargs)
         self.how, self.batches, self.size, self.x, self.y = how, batches, size, X, Y
+        self.given = given or batches  # if it gives a part of itself, the order decides what is seen
         self.index, self.rng = np.arange(size * batches) % 64, np.random.default_rng(5)
         self.rows = [(int(i), "row") for i in self.index]
 
     def __len__(self):
-        return self.batches
+        return self.given
 
     def __getitem__(self, batch):
         part = slice(self.size * batch, self.size * (batch + 1))
@@ -433,13 +433,6 @@ class Plain(Dataset):
 
     on_epoch_end = keras.utils.PyDataset.on_epoch_end
     on_epoch_begin = keras.utils.PyDataset.on_epoch_begin
-
-
-class Half(Dataset):
-    """Gives a part of itself: the order decides what is seen."""
-
-    def __len__(self):
-        return 3
 
 
 def arrays(size=SIZE, **arguments):
@@ -625,7 +618,7 @@ def attempt(directory=None, place=None, *, data="shuffled", callbacks="none", fr
         started = pathlib.Path(directory).with_name("started")
         every.append(on(on_train_batch_begin=lambda batch, logs: time.sleep(pause)))
         every.append(on(on_train_batch_end=lambda batch, logs: started.touch()))
-    held_out = {"validation_data": Half("in place")} if is_held_out_shuffled else {}
+    held_out = {"validation_data": Dataset("in place", given=3)} if is_held_out_shuffled else {}
     if not held_out and not data.startswith("kerashub"):
         held_out = {"validation_data": (X[40:], Y[40:]), "validation_batch_size": 8}
     try:
@@ -848,10 +841,24 @@ def reads_ahead():
     return sum(seen) > 6
 
 
+@keras.saving.register_keras_serializable("tests")
+class TwoLayers(layers.Layer):
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.first, self.second = layers.Dense(6, "tanh"), layers.Dense(6)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
 class Subclassed(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.blocks = [layers.Dense(4, activation="relu") for _ in range(2)]
+        self.blocks = [TwoLayers() for _ in range(2)]
         self.dropout = layers.Dropout(0.2)
         self.head = layers.Dense(1)
 
@@ -896,6 +903,31 @@ def lora(quantize=None):
     return compiled(model)
 
 
+def lora_inside():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(5), layers.Dense(6)])
+    inner.layers[0].enable_lora(2)
+    inner.layers[1].trainable = False
+    return stacked(inner, layers.Dense(1))
+
+
+def frozen_attention(with_lora):
+    inputs, attention = keras.Input((6,)), layers.MultiHeadAttention(2, 3)
+    x = layers.Reshape((2, 3))(inputs)
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(attention(x, x))))
+    attention.trainable = False
+    if with_lora:
+        attention.query_dense.enable_lora(2)
+    return compiled(model)
+
+
+def frozen_part(kind):
+    model = Subclassed() if kind == "subclassed" else stacked(TwoLayers(), TwoLayers(), layers.Dense(1))
+    model(X[:1])
+    block = model.blocks[0] if kind == "subclassed" else model.layers[0]
+    {"layer": block.first, "kernel": block.first.kernel}.get(kind, block).trainable = False
+    return compiled(model)
+
+
 def with_policy(policy):
     earlier = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -915,6 +947,10 @@ MODELS = {
     "recurrent": two_recurrent,
     "stateful recurrent": lambda: recurrent(layers.LSTM(3, stateful=True), batch_shape=(16, 4, 3)),
     "lora": lora,
+    "lora inside": lora_inside,
+    "frozen attention": lambda: frozen_attention(False),
+    "lora in frozen attention": lambda: frozen_attention(True),
+    **{f"frozen {kind}": lambda kind=kind: frozen_part(kind) for kind in ("subclassed", "block", "layer", "kernel")},
     "int8": lambda: lora("int8"),
     "int4": lambda: lora("int4"),
     "bfloat16": lambda: with_policy("bfloat16"),
@@ -970,35 +1006,27 @@ def test_every_batch_is_saved_as_it_was_although_training_goes_on_at_once(tmp_pa
         assert_equal(values(model), Capture.states[step])
 
 
-def test_history_is_as_keras_leaves_it(tmp_path):
-    model, again, own, resumed = dense_model(), dense_model(), keras.callbacks.History(), keras.callbacks.History()
-    fit(model, 2, own, callback(model, tmp_path))
-    assert own.epoch == [0, 1] and pickle.loads(pickle.dumps(own.history)) == own.history
-    assert set(vars(own)) == {"history", "epoch", "_model", "params"}
-    assert fit(model, 1, own).epoch == [0]
-    fit(again, 3, resumed, callback(again, tmp_path))
-    assert resumed.epoch == [0, 1, 2] and len(resumed.history["loss"]) == 3
-
-
-def test_logs_of_every_kind_are_survived_and_come_back_in_the_history(tmp_path):
+def test_history_is_as_keras_leaves_it_with_logs_of_every_kind(tmp_path):
     odd = {
         "ragged": [[1, 2], [3]], "none": None, "text": "12:00", "when": datetime.datetime(2020, 1, 2), "number": 3,
         "array": np.ones(3, "float32"), 7: 1.5, ("a", "tuple"): 2.5, "numpy": np.float32(0.1), "truth": True,
         "object": object(),
     }  # fmt: skip
-
-    def run(epochs):
-        model = dense_model()
+    histories = []
+    for epochs in (1, 2):
+        model, own = dense_model(), keras.callbacks.History()
         update = on(on_epoch_end=lambda epoch, logs: logs.update(odd))
-        return fit(model, epochs, callback(model, tmp_path), update).history
-
-    first, second = run(1), run(2)
+        histories.append(fit(model, epochs, own, callback(model, tmp_path), update).history)
+        assert own.epoch == list(range(epochs)) and len(own.history["loss"]) == epochs
+        assert pickle.loads(pickle.dumps(own.history)) == own.history
+        assert set(vars(own)) == {"history", "epoch", "_model", "params"}
+    assert fit(model, 1, own).epoch == [0]
     recorded = record_of(tmp_path / "1")["metrics"].keys()
     assert recorded >= {"loss", "number", "numpy", "7"} and not recorded & {"ragged", "none", "text", "when", "object"}
-    for name, series in second.items():
+    for name, series in histories[1].items():
         assert len(series) == 2
         if name != "object":  # which comes back as its text
-            assert type(series[0]) is type(first[name][0]) and repr(series[0]) == repr(first[name][0])
+            assert type(series[0]) is type(histories[0][name][0]) and repr(series[0]) == repr(histories[0][name][0])
 
 
 def test_script_may_give_a_dataset_other_numbers_and_texts(tmp_path):
@@ -1071,34 +1099,23 @@ def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path):
 
 
 def test_datasets_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
-    class Opaque(Dataset):
-        def __init__(self, how="anew"):
-            super().__init__(how)
-            self.tokens = object()
-
     class Rows(Dataset):
         def on_epoch_end(self):
             self.x = self.x[::-1]
 
-    class Untouched(Opaque, Plain):
-        on_epoch_end, on_epoch_begin = Plain.on_epoch_end, Plain.on_epoch_begin
+    def run(data, stateful=(), **attributes):
+        model, directory = dense_model(), tempfile.mkdtemp(dir=tmp_path)
+        vars(data).update(attributes)
+        model.fit(data, shuffle=True, verbose=0, callbacks=[callback(model, directory, stateful=stateful)])
 
-    def run(data, **options):
-        model = dense_model()
-        directory = tmp_path / f"{type(data).__name__}{len(options)}"
-        model.fit(data, shuffle=True, verbose=0, callbacks=[callback(model, directory, **options)])
-
-    for data, message in (
-        (Opaque(), "Opaque overrides on_epoch_begin and on_epoch_end, which may change .* cannot be saved: tokens"),
-        (Rows("anew"), "Rows overrides .*on_epoch_end, which has changed attributes .*like data and are not saved: x"),
-        (Plain("noise", workers=2), "Plain has workers=2"),
-    ):
-        with pytest.warns(UserWarning, match=message):
-            run(data)
-    files = Plain("noise")  # nothing changes what cannot be saved
-    files.paths, files.shape = np.array(["a", "b"], dtype=object), Point(1, 2)
-    for quiet in (Own(), Untouched(), files):
-        run(quiet)
+    with pytest.warns(UserWarning, match="Dataset overrides on_epoch_begin and on_epoch_end, .* be saved: tokens"):
+        run(Dataset("anew"), tokens=object())
+    with pytest.warns(UserWarning, match="Rows overrides .*on_epoch_end, which has changed .* are not saved: x"):
+        run(Rows("anew"))
+    with pytest.warns(UserWarning, match="Plain has workers=2"):
+        run(Plain("noise", workers=2))
+    run(Plain("noise"), paths=np.array(["a", "b"], dtype=object), shape=Point(1, 2), tokens=object())  # never changed
+    run(Own())
     run(data := Own(), stateful=[data])
 
 
@@ -1275,20 +1292,6 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
     assert count > 60 and set(least.values()) == {28 if kind == "damaged" else 21}
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_save_that_has_started_is_committed_although_fit_raises(error, tmp_path):
-    model = stacked(layers.Dense(40_000), layers.Dense(1))
-
-    def end(batch, logs=None):
-        if batch == 3:  # before this batch it was saved
-            raise error("on purpose")
-
-    with pytest.raises(error, match="on purpose"):
-        fit(model, 2, callback(model, tmp_path, save_freq=3), on(on_train_batch_end=end))
-    (adam,) = ocp.CheckpointManager(tmp_path).restore(3)["optimizer_variables"].values()
-    assert adam["iteration"] == 3
-
-
 def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_that_it_failed(tmp_path):
     done = script("last_line", tmp_path, check=False)
     if sys.version_info >= (3, 12) and done.stderr:  # which starts no threads then, and a commit needs some
@@ -1358,12 +1361,14 @@ def test_saves_of_this_process_are_waited_for_and_their_failures_left_to_who_ask
     assert_equal(values(load_model(tmp_path)), values(model))
     managers[0].save_state(1)
     assert managers[1].restore_state() == 1
-    with full_disk():
-        managers[0].save_state(2)
-        assert managers[1].restore_state() == 1
-    with pytest.raises(CheckpointError, match="Saving step 2 .* has failed"):
+    for size in (10_000, 0):
+        with full_disk(size), pytest.raises(CheckpointError, match="Saving step 2 .* has failed"):
+            managers[0].save_state(2)
+            assert managers[1].restore_state() == 1
+            managers[0].wait_until_finished()
         managers[0].wait_until_finished()
-    managers[0].wait_until_finished()
+        assert names(tmp_path) == ["0", "1"]
+    assert commit(managers[0], 2).all_steps() == [0, 1, 2] and managers[1].restore_state() == 2
 
 
 def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
@@ -1502,11 +1507,10 @@ def kept(directory):
 
 
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path):
-    keep(tmp_path / "many", [np.array([i, -i]) for i in range(10_050)])
-    assert [array.tolist() for array in kept(tmp_path / "many")] == [[i, -i] for i in range(10_050)]
-    keep(tmp_path / "small", {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")})
-    back = kept(tmp_path / "small")
-    assert back["random"].tolist() == list(range(624)) and back[3] == (1.5, None, b"x")
+    many, small = [np.array([i, -i]) for i in range(10_050)], {"random": np.arange(624), 3: (1.5, None, b"x")}
+    for name, state in (("many", many), ("small", small)):
+        keep(tmp_path / name, state)
+        assert_same(kept(tmp_path / name), state)
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
 
 
@@ -1759,15 +1763,6 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, public
     assert manager.all_steps() == [0, 1, 2, 3]
 
 
-def test_failed_saves_on_a_full_disk_leave_nothing_and_the_next_save_works(tmp_path):
-    manager = save(dense_model(20_000), tmp_path)
-    for size in (10_000, 0):
-        with full_disk(size), pytest.raises(CheckpointError, match="Saving step 1 .* has failed"):
-            commit(manager, 1)
-        assert names(tmp_path) == ["0"]
-    assert commit(manager, 1).all_steps() == [0, 1] and manager.restore_state() == 1
-
-
 @STRACE
 def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_goes_on(tmp_path):
     number = int(os.environ.get("FAULT_SEED", 0))
@@ -1902,13 +1897,15 @@ def test_one_error_lists_every_difference_those_of_weights_before_those_of_the_o
     assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, ValueError)
 
 
-def test_state_saved_with_x64_is_a_mismatch_without_and_other_variables_of_64_bits_are_restored(tmp_path):
+def test_variables_of_64_bits_without_x64_and_those_without_elements_are_restored_and_those_with_x64_refused(tmp_path):
+    specs = {"count": ((), "int64"), "nothing": ((0, 3), "float32")}  # the second kept apart from Orbax
+    build = lambda: stacked(layers.Dense(4, dtype="float64"), Holder(specs), layers.Dense(1))  # noqa: E731
     jax.config.update("jax_enable_x64", True)
     try:
-        save(wide_types(), tmp_path / "x64")
+        save(build(), tmp_path / "x64")
     finally:
         jax.config.update("jax_enable_x64", False)
-    saved, model = wide_types(), wide_types()
+    saved, model = build(), build()
     with pytest.raises(CheckpointMismatchError, match="was saved as float64, the model has float32"):
         restore(model, tmp_path / "x64")
     assert names(tmp_path / "x64") == ["0"]
@@ -1933,31 +1930,17 @@ class Holder(layers.Layer):
         return x
 
 
-def wide_types():
-    return stacked(layers.Dense(4, dtype="float64"), Holder({"count": ((), "int64")}), layers.Dense(1))
-
-
-def test_variables_without_elements_are_kept_apart_from_orbax(tmp_path):
-    saved, model = (stacked(Holder({"nothing": ((0, 3), "float32")}), layers.Dense(1)) for _ in range(2))
-    save(saved, tmp_path)
-    assert restore(model, tmp_path) == 0
-    assert_equal(values(model), values(saved))
-
-
 def test_weights_only_leaves_the_optimizer_alone_and_helps_where_it_is_another(trained):
     reference, directory = trained
-    model, weights = dense_model(), values(reference, optimizer=False)
-    before = [np.array(variable.value) for variable in model.optimizer.variables]
-    restore(model, directory, weights_only=True)
-    assert_equal(values(model, optimizer=False), weights)
-    assert_equal([np.array(variable.value) for variable in model.optimizer.variables], before)
-    inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
-    other = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
+    weights, other = values(reference, optimizer=False), dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
     with pytest.raises(CheckpointMismatchError, match="(?s)but other optimizer variables.*weights_only=True"):
         fit(other, 4, callback(other, directory))
-    for model in (inference, other):  # the first was never compiled
+    inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
+    for model in (dense_model(), other, inference):  # the last was never compiled
+        before = values(model)
         restore(model, directory, weights_only=True)
         assert_equal(values(model, optimizer=False), weights)
+        assert_equal(values(model)[len(weights) :], before[len(weights) :])
 
 
 def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_it_needs(tmp_path):
@@ -1968,11 +1951,11 @@ def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_
         file.write(bytes(200_000))
     with pytest.raises(CheckpointCorruptError):
         restore(saved, tmp_path)
-    head = np.array(model.layers[-1].kernel.value)
+    head = model.layers[-1].get_weights()[:1]
     with pytest.warns(UserWarning, match=r"(?s)restored partially.*\(500, 300\), the model has \(500, 200\)"):
         restore(model, tmp_path, strict=False)
-    assert_equal([np.array(model.layers[0].kernel.value)], [np.array(saved.layers[0].kernel.value)])
-    assert_equal([np.array(model.layers[-1].kernel.value)], [head])
+    assert_equal(model.layers[0].get_weights(), saved.layers[0].get_weights())
+    assert_equal(model.layers[-1].get_weights()[:1], head)
 
 
 def test_donate_restores_the_same_and_frees_the_old_arrays(trained):
@@ -2040,15 +2023,14 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     reference, directory = trained[0], shutil.copytree(trained[1], tmp_path / "UNAVAILABLE")
     model = dense_model()
     DAMAGES[damage](directory / "2")
-    before, damaged = values(model), contents(directory)
+    damaged = contents(directory)
     try:
         raise ConnectionError("elsewhere")
     except ConnectionError:
         assert not is_intact(directory)
         for read in (lambda: restore(model, directory, 2), lambda: load_model(directory, 2)):  # never falls back
-            with pytest.raises(CheckpointCorruptError, match="Step 2"):
+            with unchanged(model, directory), pytest.raises(CheckpointCorruptError, match="Step 2"):
                 read()
-        assert_equal(values(model), before)
         with pytest.warns(UserWarning, match=r"Step 1 is restored, because newer ones are damaged.\n"):
             loaded = load_model(directory)
         with pytest.warns(UserWarning, match="Step 1 is restored"):
@@ -2061,11 +2043,10 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     aside = {path.replace("/2/", "/2.damaged/"): content for path, content in damaged.items() if "/2/" in path}
     assert contents(directory / "2.damaged") == aside
     assert history.history == reference.history.history  # the third epoch was trained once more
+    assert names(directory) == ["0", "1", "2", "2.damaged"]
     assert_equal(values(model), values(reference))
-    assert KerasOrbaxCheckpointManager(model, directory).all_steps() == [0, 1, 2]
-    again = dense_model()
-    assert restore(again, directory) == 2
-    assert_equal(values(again), values(reference))
+    assert restore(model, directory) == 2
+    assert_equal(values(model), values(reference))
 
 
 def test_nothing_intact_names_every_step_and_moves_nothing(trained, tmp_path):
@@ -2098,14 +2079,10 @@ def test_trouble_with_reaching_the_store_is_not_damage(trained, public_path):
     directory.chmod(0o755)
     manager = KerasOrbaxCheckpointManager(dense_model(), directory)
     reading = KerasOrbaxCheckpointManager(dense_model(), directory, read_only=True)
-    for path, error in (
-        (data_file(directory / "2"), "PERMISSION_DENIED"),
-        (directory / "2/default/manifest.ocdbt", "PERMISSION_DENIED"),
-        (directory, "Permission denied"),
-    ):
+    for path in (data_file(directory / "2"), directory / "2/default/manifest.ocdbt", directory):
         mode = path.stat().st_mode
         path.chmod(0)
-        with nobody(), pytest.raises(OSError, match=error) as raised:
+        with nobody(), pytest.raises(OSError, match="PERMISSION_DENIED|Permission denied") as raised:
             reading.restore_state()
         path.chmod(mode)
         assert not isinstance(raised.value, CheckpointError) and "damaged" not in str(raised.value)
@@ -2170,22 +2147,20 @@ def test_flipped_bits_of_what_belongs_to_objects_are_found(tmp_path):
 
 def test_one_bad_byte_in_any_file_of_any_step_leaves_the_others_usable(tmp_path):
     """Every file of the newest and of an old step, with arrays of stateful objects and metrics in them."""
-    model, original = dense_model(), tmp_path / "original"
+    model, original, directory = dense_model(), tmp_path / "original", tmp_path / "copy"
     keeper = Keeper([np.ones((200, 200), "float32")])
     fit(model, 3, callback(model, original, None, monitor="loss", stateful=[keeper]))
     assert (original / "2/run").is_dir()
-    for number, file in enumerate([*files(original / "2"), *files(original / "0")]):
-        directory = shutil.copytree(original, tmp_path / str(number))
-        damaged = directory / file.relative_to(original)
-        flip(damaged, 8 * (damaged.stat().st_size // 2) + 7)
+    for file in [*files(original / "2"), *files(original / "0")]:
+        shutil.copytree(original, directory)
+        flip(directory / file.relative_to(original), 8 * (file.stat().st_size // 2) + 7)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             manager = KerasOrbaxCheckpointManager(model, directory, None, monitor="loss")
-            assert manager.restore_state() in (1, 2) and manager.save_state(3, metrics={"loss": 1.0})
-            manager.wait_until_finished()
-            assert manager.best_step() is not None
+            assert manager.restore_state() in (1, 2)
+            assert commit(manager, 3, losses=[1.0]).best_step() is not None
             assert load_model(directory) is not None
-            assert command_line(directory, "--verify")[0] in (0, 1)
+            is_intact(directory)
         shutil.rmtree(directory)
 
 
@@ -2234,11 +2209,11 @@ def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_p
     checkpoint = callback(model, tmp_path, save_freq=1000, preemption_signals=(signal.SIGINT, signal.SIGUSR1))
     manager = checkpoint.checkpoint_manager
     with pytest.raises(KeyboardInterrupt):
-        fit(model, 3, checkpoint, At((1, "train", 2), lambda: os.kill(os.getpid(), signal.SIGINT)))
+        fit(model, 3, checkpoint, At((1, "train", 2), lambda: signal.raise_signal(signal.SIGINT)))
     assert manager.latest_step() == 4 + 3
     note = handling(signal.SIGUSR1, lambda number, frame: called.append(manager.all_steps()))
     with note, pytest.raises(SystemExit) as raised:
-        fit(model, 3, checkpoint, At((2, "train", 0), lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+        fit(model, 3, checkpoint, At((2, "train", 0), lambda: signal.raise_signal(signal.SIGUSR1)))
     assert raised.value.code == 128 + signal.SIGUSR1
     assert called == [[7, 9]]  # it was saved by then
     assert all(np.isfinite(value).all() for value in values(model))  # and fit has given the variables back
@@ -2270,20 +2245,16 @@ def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
 # ----------------------------------------------------------------------------------- P9: many hosts, many layouts
 
 
-def run_group(work, scenario, *arguments, processes=2, devices=2, **options):
-    """Runs a scenario in processes together, of so many CPU devices each. The exit codes, and what each printed."""
+def run_together(work, scenario, *arguments, expected=0, processes=2, devices=2, **options):
+    """Runs a scenario in processes together, of so many CPU devices each. What each printed."""
     work.mkdir(exist_ok=True)
     group = processes, devices, f"127.0.0.1:{free_port()}", scenario, str(work)
     members = [
         Process(work / f"process_{process}.log", "among", process, *group, *arguments, **options)
         for process in range(processes)
     ]
-    return tuple(zip(*(member.join() for member in members)))
-
-
-def run_together(*arguments, expected=0, **options):
-    codes, logs = run_group(*arguments, **options)
-    assert set(codes) == {expected}, "\n".join([str(codes), *logs])
+    codes, logs = zip(*(member.join() for member in members))
+    assert set(codes) == {expected} or (expected is None and 0 not in codes), "\n".join([str(codes), *logs])
     return logs
 
 
@@ -2340,9 +2311,8 @@ def test_signal_to_one_process_stops_all_at_one_batch_and_the_rerun_equals_the_u
 
 def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tmp_path):
     began = time.monotonic()
-    codes, logs = run_group(tmp_path, "trains", "data", place=(1, "train", 3, "SIGKILL"), heartbeat=10)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), logs  # fails, and does not wait for ever
-    assert time.monotonic() - began < 90
+    run_together(tmp_path, "trains", "data", place=(1, "train", 3, "SIGKILL"), heartbeat=10, expected=None)
+    assert time.monotonic() - began < 90  # the one that was not killed fails, and does not wait for ever
     for processes, place, expected in ((1, (2, "train", 3, "SIGKILL"), -signal.SIGKILL), (2, None, 0)):
         step = max(int(name) for name in names(tmp_path / "ckpt") if name.isdecimal())
         saved = plain(tmp_path / "ckpt", step)
@@ -2438,15 +2408,25 @@ def uncompiled():
     return keras.Sequential([keras.Input((6,)), layers.Dense(1)])
 
 
-def duplicate_paths():
-    class Twins(layers.Layer):
-        def build(self, shape):
-            self.twins = [self.add_weight(shape=(2,), name="twin") for _ in range(2)]
+class Within(layers.Layer):
+    """A variable "x" beside another one or a layer of that name."""
 
-        def call(self, x):
-            return x * sum(twin[0] for twin in self.twins)
+    def __init__(self, kind, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
 
-    return stacked(Twins(name="twins"), layers.Dense(1))
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(6,), name="x")
+        self.inner = layers.Dense(6, name="x") if self.kind == "layer" else self.add_weight(shape=(6,), name="x")
+        if self.kind == "layer":
+            self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x * self.scale) if self.kind == "layer" else x * self.scale * self.inner
+
+
+def within(kind):
+    return stacked(Within(kind, name="a"), layers.Dense(1))
 
 
 def dotted():
@@ -2454,18 +2434,6 @@ def dotted():
     alike = layers.Dense(6, name="a.b")
     alike.build((None, 6))
     return stacked(inner, alike)
-
-
-class Within(layers.Layer):
-    """A variable "x" beside a layer "x"."""
-
-    def build(self, shape):
-        self.scale = self.add_weight(shape=(6,), name="x")
-        self.inner = layers.Dense(6, name="x")
-        self.inner.build(shape)
-
-    def call(self, x):
-        return self.inner(x * self.scale)
 
 
 def saving(epoch):
@@ -2554,10 +2522,10 @@ REFUSED = {
     "restore, not compiled": (uncompiled, restore, ValueError, "weights_only=True"),
     "save, not built": (MODELS["unbuilt"], saving(3), ValueError, "no variables yet"),
     "restore, not built": (MODELS["unbuilt"], restore, ValueError, "no variables yet"),
-    "equal paths": (duplicate_paths, fitting(), ValueError, "path '.*twins/twin'.*different names"),
+    "equal paths": (lambda: within("variable"), fitting(), ValueError, "path '.*a/x'.*different names"),
     "dots, fit": (dotted, fitting(), ValueError, "differs only in '.' and '/'"),
     "dots, save": (dotted, saving(3), ValueError, "differs only in '.' and '/'"),
-    "path within": (lambda: stacked(Within(name="a")), saving(3), ValueError, "have the path '.*a/x'"),
+    "path within": (lambda: within("layer"), saving(3), ValueError, "have the path '.*a/x'"),
     "other model": (
         dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "the model that you fit"
     ),
@@ -2602,24 +2570,20 @@ def test_other_backends_are_refused():
 
 def test_fit_takes_one_callback_of_ours(tmp_path):
     save(model := dense_model(), tmp_path / "a")
-    before, there = values(model), handlers()
-    a, b = (callback(model, tmp_path / name) for name in "ab")
+    there, (a, b) = handlers(), (callback(model, tmp_path / name) for name in "ab")
     for callbacks in ([a, b], [a, a]):
         trained = At()
-        with pytest.raises(ValueError, match="fit takes one OrbaxCheckpointCallback"):
+        with unchanged(model, tmp_path), pytest.raises(ValueError, match="fit takes one OrbaxCheckpointCallback"):
             fit(model, 2, trained, *callbacks)
         assert trained.heard == []
-    assert_equal(values(model), before)
     assert handlers() == there and names(tmp_path / "b") == []
 
 
 def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(tmp_path):
-    model = dense_model()
-    before, checkpoint = values(model), callback(model, tmp_path)
-    model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
-    model.predict(X, verbose=0, callbacks=[checkpoint])
-    assert_equal(values(model), before)
-    assert names(tmp_path) == []
+    checkpoint = callback(model := dense_model(), tmp_path)
+    with unchanged(model, tmp_path):
+        model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
+        model.predict(X, verbose=0, callbacks=[checkpoint])
     checkpoint.set_model(model)
     with pytest.raises(RuntimeError, match=r"works inside the fit\(\).*Keras 3.10 to 3.15"):
         checkpoint.on_train_begin()
@@ -2646,10 +2610,9 @@ def blocks_named(*given):
 
 
 def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
-    saved = blocks_named("block_1", "block_2")
+    saved, swapped = blocks_named("block_1", "block_2"), blocks_named("block_2", "block_1")  # same shapes, other order
     fit(saved, 1)
     save(saved, tmp_path)
-    swapped = blocks_named("block_2", "block_1")  # same shapes, other order
     restore(swapped, tmp_path)
 
     def by_name(model):
@@ -2659,14 +2622,14 @@ def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
     expected, found = by_name(saved), by_name(swapped)
     assert_equal([found[name] for name in expected], list(expected.values()))
     model = blocks_named("block_2", "block_3")
-    before = values(model)
-    with pytest.raises(CheckpointMismatchError, match="'.*block_3/kernel' is in the model but not in the checkpoint"):
+    before = model.get_layer("block_3").get_weights()
+    message = "'.*block_3/kernel' is in the model but not in the checkpoint"
+    with unchanged(model, tmp_path), pytest.raises(CheckpointMismatchError, match=message):
         restore(model, tmp_path)
-    assert_equal(values(model), before)
     with pytest.warns(UserWarning, match="restored partially"):
         restore(model, tmp_path, strict=False)
-    assert_equal([model.get_layer("block_2").kernel.value], [saved.get_layer("block_2").kernel.value])
-    assert_equal([model.get_layer("block_3").kernel.value], [before[2]])
+    assert_equal(model.get_layer("block_2").get_weights(), saved.get_layer("block_2").get_weights())
+    assert_equal(model.get_layer("block_3").get_weights(), before)
     nearest = "'.*block_22/kernel' is in the model but.*, where '.*block_2/kernel' comes nearest"
     with pytest.raises(CheckpointMismatchError, match=nearest):
         restore(blocks_named("block_1", "block_22"), tmp_path)
@@ -2869,80 +2832,6 @@ def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path)
     assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
 
 
-def frozen_attention():
-    inputs = keras.Input((4, 6))
-    attention = layers.MultiHeadAttention(2, 3)
-    model = keras.Model(inputs, layers.Dense(1)(attention(inputs, inputs)))
-    attention.trainable = False
-    return compiled(model)
-
-
-def lora_inside():
-    inner = keras.Sequential([keras.Input((4, 6)), layers.Dense(5), layers.Dense(6)])
-    inner.layers[0].enable_lora(2)
-    inner.layers[1].trainable = False
-    return compiled(keras.Sequential([keras.Input((4, 6)), inner, layers.Dense(1)]))
-
-
-def lora_in_attention():
-    model = frozen_attention()
-    model.layers[1].query_dense.enable_lora(2)
-    return compiled(model)
-
-
-@keras.saving.register_keras_serializable("tests")
-class TwoLayers(layers.Layer):
-    def __init__(self, **config):
-        super().__init__(**config)
-        self.first, self.second = layers.Dense(6, "tanh"), layers.Dense(6)
-
-    def build(self, shape):
-        self.first.build(shape)
-        self.second.build(shape)
-
-    def call(self, inputs):
-        return self.second(self.first(inputs))
-
-
-@keras.saving.register_keras_serializable("tests")
-class TwoBlocks(keras.Model):
-    def __init__(self, **config):
-        super().__init__(**config)
-        self.first, self.second, self.last = TwoLayers(), TwoLayers(), layers.Dense(1)
-
-    def call(self, inputs):
-        return self.last(self.second(self.first(inputs)))
-
-
-def frozen_part(kind):
-    if kind == "subclassed":
-        model = TwoBlocks()
-        model(np.zeros((1, 4, 6), "float32"))
-        model.first.trainable = False
-        return compiled(model)
-    model = keras.Sequential([keras.Input((4, 6)), TwoLayers(), TwoLayers(), layers.Dense(1)])
-    block = model.layers[0]
-    {"block": block, "layer": block.first, "kernel": block.first.kernel}[kind].trainable = False
-    return compiled(model)
-
-
-FROZEN = [functools.partial(frozen_part, kind) for kind in ("subclassed", "block", "layer", "kernel")]
-
-
-@pytest.mark.parametrize("build", [frozen_attention, lora_inside, lora_in_attention, *FROZEN])
-def test_load_model_of_frozen_composite_layers_and_lora(build, tmp_path):
-    model, x = build(), np.random.default_rng(4).normal(size=(16, 4, 6)).astype("float32")
-    model.fit(x, x[:, :, :1], verbose=0)
-    save(model, tmp_path)
-    keras.utils.clear_session()
-    loaded = load_model(tmp_path)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6)
-    loaded.fit(x, x[:, :, :1], verbose=0)
-    model.fit(x, x[:, :, :1], verbose=0)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
-
-
 def test_load_model_takes_any_step_however_it_is_named_and_says_what_is_missing(trained, tmp_path):
     for step in (0, 1, 2):
         restore(model := dense_model(), trained[1], step)
@@ -3040,15 +2929,19 @@ def test_paths_may_be_relative_or_home_or_pathlib(tmp_path, monkeypatch):
         assert (tmp_path / place / "0" / "default").is_dir()
 
 
-def test_empty_directory_changes_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
-    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path)
-    with pytest.warns(UserWarning, match="There is no checkpoint in .* The model is as it was"):
-        assert manager.restore_state() is None
-    assert manager.save_state(0) is True
+def test_empty_and_missing_directories_change_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
+    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path / "there")
+    reading = KerasOrbaxCheckpointManager(model, tmp_path / "later", read_only=True)
+    assert reading.latest_step() is reading.best_step() is None
+    for each, message in ((manager, "There is no checkpoint in .* The model is as it was"), (reading, "no such file")):
+        with unchanged(model, tmp_path), pytest.warns(UserWarning, match=message):
+            assert each.restore_state() is None
+    commit(manager, 0)
+    shutil.copytree(tmp_path / "there", tmp_path / "later")
     saved = values(model)
-    for step in (0, None):
+    for restoring, step in ((manager, 0), (manager, None), (reading, None)):
         fit(model, 1)
-        assert manager.restore_state(step) == 0
+        assert restoring.restore_state(step) == 0
         assert_equal(values(model), saved)
 
 
@@ -3172,15 +3065,6 @@ def test_error_about_damage_calls_the_model_unchanged_only_where_it_is(tmp_path)
     with pytest.raises(CheckpointCorruptError) as caught:
         manager.restore_state(donate=True)
     assert "as it was" not in str(caught.value)
-
-
-def test_missing_directory_is_empty_for_a_manager_that_only_reads(tmp_path):
-    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path / "later", read_only=True)
-    assert manager.latest_step() is manager.best_step() is None
-    with pytest.warns(UserWarning, match="no such file or directory"):
-        assert manager.restore_state() is None
-    save(dense_model(), tmp_path / "later")
-    assert manager.restore_state() == 0
 
 
 def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
@@ -3348,38 +3232,20 @@ def recipe(words, tmp_path, change=("", "")):
 
 def test_docstring_examples_run(tmp_path):
     model = dense_model()
-    for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model):
+    checkpoint = callback(model, tmp_path)
+    for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model, checkpoint.resumable):
+        lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
         place = tmp_path / public.__name__.replace("load_model", "OrbaxCheckpointCallback")
-        run_example(public, place, 2, model=model, x=X, y=Y)
+        example = re.sub(r"\bepochs=\d+", "epochs=2", "\n".join(lines)).replace("/tmp", str(place))
+        names = {"model": model, "checkpoint": checkpoint, "iterator": Draws(), "x": X, "y": Y}
+        exec(example, {**globals(), **names})
 
 
-def run_example(public, directory, epochs, **names):
-    lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
-    example = re.sub(r"\bepochs=\d+", f"epochs={epochs}", "\n".join(lines)).replace("/tmp", str(directory))
-    exec(example, {**globals(), **names})
-
-
-def test_docstring_example_of_resumable_continues(tmp_path):
-    for epochs in (1, 2):
-        seed(3)
-        model = dense_model()
-        checkpoint = callback(model, tmp_path)
-        run_example(checkpoint.resumable, tmp_path, epochs, model=model, checkpoint=checkpoint, iterator=Draws())
-    seed(3)
-    reference = dense_model()
-    reference.fit(over_and_over(Draws), steps_per_epoch=100, epochs=2, shuffle=False, verbose=0)
-    assert_equal(values(model), values(reference))
-
-
-def test_readme_is_short_and_its_lines_are_too():
-    lines = README.splitlines()
+def test_readme_is_short_and_has_two_commands_of_one_line_each():
+    lines, blocks = README.splitlines(), re.findall("```sh\n(.*?)```", README, re.DOTALL)
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "python3 -m venv"))] == []
-
-
-def test_readme_has_two_commands_of_one_line_each():
-    commands = [line for block in re.findall("```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    setups = [command for command in commands if "requirements.txt" in command]
+    setups = [command for block in blocks for command in block.splitlines() if "requirements.txt" in command]
     tools = ["nbconvert", "pytest"]
     assert [tool for command in setups for tool in tools if tool in command] == tools
 
@@ -3412,32 +3278,24 @@ def test_readme_names_the_line_without_which_keras_asks_for_tensorflow(tmp_path)
 
 
 @pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
-def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path, monkeypatch):
+def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path):
+    assert "from the guide's version, import the same names from `orbax_keras_ckpt`" in README
+    calls = ['OrbaxCheckpointCallback(model, "/tmp/ckpt", 3)'] * 2
     if "keras" in origin:
         skip_without_keras_callback()
-    theirs = {"KerasOrbaxCheckpointManager": GuidesManager, "OrbaxCheckpointCallback": GuidesCallback}
-    monkeypatch.setitem(sys.modules, "my_utilities", types.SimpleNamespace(**theirs))
-    imports = "import KerasOrbaxCheckpointManager, OrbaxCheckpointCallback"
-    change = [f"from my_utilities {imports}", f"from orbax_keras_ckpt {imports}"]
-    if "keras" in origin:
-        change = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups()
-        change = [f"checkpoint = {expression}" for expression in change]
+        calls = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups()
 
-    def run(line, epochs, model):
-        scope = {"keras": keras, "model": model, "OrbaxCheckpointCallback": OrbaxCheckpointCallback}
-        exec(line.replace("/tmp/ckpt", str(tmp_path / "ckpt")), scope)
-        used = scope.get("checkpoint") or scope["OrbaxCheckpointCallback"](model, str(tmp_path / "ckpt"), 3)
-        return fit(model, epochs, used, shuffle=False)
-
-    models = []
-    for _ in range(3):
+    def run(epochs, call="keras.callbacks.Callback()", imported=None):
         seed(8)
-        models.append(functional())
-    uninterrupted = fit(models[0], 4, shuffle=False)
-    run(change[0], 2, models[1])
-    history = run(change[1], 4, models[2])
-    assert history.epoch == [2, 3] and history.history["loss"] == uninterrupted.history["loss"][2:]
-    assert_equal(values(models[2]), values(models[0]))
+        model = functional()
+        scope = {"keras": keras, "model": model, "OrbaxCheckpointCallback": imported}
+        return fit(model, epochs, eval(call.replace("/tmp", str(tmp_path)), scope), shuffle=False), values(model)
+
+    reference, expected = run(4)
+    run(2, calls[0], GuidesCallback)
+    history, found = run(4, calls[1], OrbaxCheckpointCallback)
+    assert history.epoch == [2, 3] and history.history["loss"] == reference.history["loss"][2:]
+    assert_equal(found, expected)
 
 
 def test_readme_recipe_of_the_best_checkpoint_and_early_stopping(tmp_path):
@@ -3452,7 +3310,7 @@ def test_readme_recipe_of_the_best_checkpoint_and_early_stopping(tmp_path):
 @pytest.mark.parametrize("often", ["datetime.timedelta(minutes=10)", '"auto"'])
 def test_readme_recipe_of_every_ten_minutes_saves_on_ctrl_c(often, tmp_path):
     names = recipe("Every ten", tmp_path, ("datetime.timedelta(minutes=10)", often))
-    interrupt = At((1, "train", 2), lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = At((1, "train", 2), lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         names["model"].fit(names["x"], names["y"], epochs=3, verbose=0, callbacks=[names["checkpoint"], interrupt])
     assert names["checkpoint"].checkpoint_manager.latest_step() == 4 + 3  # within a batch
@@ -3481,17 +3339,13 @@ def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
 
 def test_readme_recipe_of_other_formats_has_the_same_weights_in_each(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    names = recipe("Inference", tmp_path)
-    saved, model = load_model(tmp_path / "my_run"), names["model"]
+    model, saved = recipe("Inference", tmp_path)["model"], load_model(tmp_path / "my_run")
     assert not model.compiled
-    assert_equal(values(model, optimizer=False), values(saved, optimizer=False))
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    assert_equal(again.get_weights(), saved.get_weights())
-    again.set_weights([np.zeros_like(weight) for weight in again.get_weights()])
-    again.load_weights(tmp_path / "model.weights.h5")
-    assert_equal(again.get_weights(), saved.get_weights())
+    models = [model, keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)]
+    models[-1].load_weights(tmp_path / "model.weights.h5")
     arrays = safetensors.load_file(tmp_path / "model.safetensors")
-    assert_equal([arrays[weight.path] for weight in saved.weights], saved.get_weights())
+    for weights in (*(each.get_weights() for each in models), [arrays[weight.path] for weight in saved.weights]):
+        assert_equal(weights, saved.get_weights())
 
 
 def test_readme_says_what_load_model_gives_where_fit_swaps_weights_at_its_end(tmp_path):
@@ -3527,95 +3381,67 @@ def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path):
 
 
 # What stands in for a scheduler. It sends SIGTERM to what it runs, once, when that has trained three epochs.
-SRUN = """#!/bin/sh
-"$@" & process=$!
-if [ ! -e sent ]; then
-    while [ ! -e started ]; do sleep 0.05; done
-    touch sent
-    kill -TERM $process
-fi
-wait $process
-"""
+STUBS = {  # what stands in for a scheduler, which signals the process that it has started
+    "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
+    "srun": '#!/bin/sh\necho $$ > process\nexec "$@"\n',
+    "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
+}
+STOP = """
+def begin(epoch, logs):
+    if epoch == 3 and not os.path.exists("sent"):
+        open("sent", "w").close()
+        os.kill(int(open("process").read()), 15)
+
+stop = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+checkpoint ="""
+RESULT = "np.savez('result.npz', *[np.array(v) for v in model.trainable_variables + model.optimizer.variables])\n"
 
 
-@pytest.fixture(scope="module")
-def uninterrupted_readme_example(tmp_path_factory):
-    return train_as_in_readme(tmp_path_factory.mktemp("uninterrupted"), ["python", "train.py"])
-
-
-def train_as_in_readme(folder, command, **variables):
-    """Exit code, output and result of the README's example as train.py, slowed down."""
-    programs = {
-        "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
-        "srun": SRUN,
-        "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
-        "train.py": EXAMPLE.replace("/tmp/", f"{folder}/")
-        .replace("[checkpoint]", "[checkpoint, slowly]")
-        .replace(
-            "checkpoint = ",
-            "import time, pathlib\n"
-            "slow = lambda epoch, logs: (time.sleep(0.2), epoch > 2 and pathlib.Path('started').touch())\n"
-            "slowly = keras.callbacks.LambdaCallback(on_epoch_begin=slow)\ncheckpoint = ",
-        )
-        + "np.savez('result.npz', *[np.array(v) for v in model.variables + model.optimizer.variables])\n",
-    }
-    for name, text in programs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    done = run_readme(command, folder, PATH=f"{folder}:{os.environ['PATH']}", **variables)
-    result = list(np.load(folder / "result.npz").values()) if (folder / "result.npz").exists() else None
-    return done.returncode, done.stdout + done.stderr, result
-
-
-def test_readme_job_for_slurm_is_queued_again_and_ends_as_if_never_stopped(tmp_path, uninterrupted_readme_example):
+@pytest.mark.parametrize("scheduler", ["Slurm", "Kubernetes"])
+def test_readme_job_gets_the_signal_of_its_scheduler_and_ends_as_if_never_stopped(scheduler, tmp_path):
     (job,) = [block for block in re.findall("```sh\n(.*?)```", README, re.DOTALL) if "srun" in block]
-    (tmp_path / "job.sh").write_text("#!/bin/bash\n" + job)
-    code, output, result = train_as_in_readme(tmp_path, ["bash", "job.sh"], SLURM_JOB_ID="7")
-    assert code == 143 and "Stop on SIGTERM: the run is saved." in output and result is None
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    code, output, result = train_as_in_readme(tmp_path, ["bash", "job.sh"], SLURM_JOB_ID="7")
-    assert code == 0 and "Continue with epoch" in output
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # not once more
-    assert_equal(result, uninterrupted_readme_example[2])
-    (tmp_path / "train.py").unlink()
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert run_readme(["bash", "job.sh"], tmp_path, PATH=path).returncode == 2  # as Python's
+    train = EXAMPLE.replace("/tmp/", f"{tmp_path}/").replace("[checkpoint]", "[checkpoint, stop]") + RESULT
+    scripts = {"job.sh": "#!/bin/bash\n" + job, "train.py": train.replace("\ncheckpoint =", STOP)}
+    for name, text in (STUBS | scripts).items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
 
+    def run():
+        command = ["srun", *json.loads(re.search(r"`command: (\[.*?\])`", README)[1])]  # so does a kubelet
+        command = ["bash", "job.sh"] if scheduler == "Slurm" else command
+        return run_readme(command, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
 
-def test_readme_command_for_kubernetes_gets_the_signal_too(tmp_path, uninterrupted_readme_example):
-    command = json.loads(re.search(r"`command: (\[.*?\])`", README).group(1))
-    (tmp_path / "pod").write_text(SRUN)  # a kubelet, too, signals the process that it has started
-    code, output, result = train_as_in_readme(tmp_path, ["sh", "pod", *command])
-    assert code == 143 and "Stop on SIGTERM: the run is saved." in output and result is None
-    code, output, result = train_as_in_readme(tmp_path, command)
-    assert code == 0 and "Continue with epoch" in output
-    assert_equal(result, uninterrupted_readme_example[2])
-
-
-def notebook_outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    stopped = run()
+    assert stopped.returncode == 143 and "Stop on SIGTERM: the run is saved." in stopped.stdout
+    assert not (tmp_path / "result.npz").exists()
+    continued = run()
+    assert continued.returncode == 0 and "Continue with epoch" in continued.stdout
+    exec(EXAMPLE.replace("/tmp/", f"{tmp_path}/uninterrupted/"), expected := {})
+    assert_equal(list(np.load(tmp_path / "result.npz").values()), values(expected["model"]))
+    if scheduler == "Slurm":
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once
+        (tmp_path / "train.py").unlink()
+        assert run().returncode == 2  # as Python's
 
 
 def test_notebook_is_small_and_easy_to_read():
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
     assert (HERE / "guide.ipynb").stat().st_size < 150_000
     notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert max(len(source.splitlines()) for source in sources) <= 20
-    assert "".join(sources).count("rmtree") == 1  # of /tmp/ckpt
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
+    assert "".join(cell.source for cell in cells).count("rmtree") == 1  # of /tmp/ckpt
     assert not any("execution" in cell.metadata for cell in notebook.cells)  # when it was run is nobody's business
-    assert {output.get("name", "stdout") for output in notebook_outputs(notebook)} == {"stdout"}
+    assert {output.get("name", "stdout") for cell in cells for output in cell.outputs} == {"stdout"}
     page, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     texts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
     assert len(texts) == page.count("<img ") == 2 and all("loss" in text.lower() for text in texts)
 
 
 def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    committed = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
+    committed, notebook = (nbformat.read(HERE / "guide.ipynb", as_version=4) for _ in range(2))
     executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code")
 
