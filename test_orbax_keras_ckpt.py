@@ -72,10 +72,8 @@ pytestmark = [
     # Where one of Orbax's reads fails, the others end in a closed event loop.
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
 ]
-KERASHUB = pytest.mark.skipif(
-    not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow, which is gigabytes"
-)
 STRACE = pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls are seen")
+HOWS = ("killed", "names", "deleted", "contents")  # see Node.tree
 
 # --------------------------------------------------------------------------------------------- models and files
 
@@ -371,16 +369,14 @@ class At(keras.callbacks.Callback):
         self.reach("ends")
 
 
-def leave(model, directory, place, how=(), **options):
+def leave(model, directory, place, how=None, **options):
     """A run that SIGTERM ends at `place`."""
     with pytest.raises(SystemExit):
-        fit(model, 3, callback(model, directory, **options), At(place), **dict(how))
+        fit(model, 3, callback(model, directory, **options), At(place), **(how or {}))
 
 
 BATCHES = 7  # an epoch, of six samples each
 SIZE = 6 * BATCHES
-
-
 STOPPING = keras.callbacks.EarlyStopping("loss")
 
 
@@ -587,7 +583,6 @@ CALLBACKS = {
     "capture": lambda: [Capture()],
     "terminate": lambda: [keras.callbacks.TerminateOnNaN()],
 }
-FREQS = {"time": datetime.timedelta(microseconds=1)}
 
 
 class Left(Exception):
@@ -611,8 +606,8 @@ def attempt(directory=None, place=None, *, data="shuffled", callbacks="none", fr
 
     if directory:
         members = others * stateful + [arguments["x"]] * isinstance(arguments["x"], Own)
-        options = {"save_freq": FREQS.get(freq, freq), "stateful": members, "verbose": 1}
-        checkpoint = callback(model, directory, max_to_keep, **options)
+        freq = datetime.timedelta(microseconds=1) if freq == "time" else freq
+        checkpoint = callback(model, directory, max_to_keep, save_freq=freq, stateful=members, verbose=1)
     if data in ("grain iterator", "torchdata"):
         batches = arguments["x"]
         arguments["x"] = checkpoint.resumable(batches) if checkpoint else over_and_over(lambda: batches)
@@ -673,15 +668,20 @@ def run_to_its_end(work, places=(), **options):
 
 # ------------------------------------------------------------------------------------------- P1: same script, again
 
-KILLED = [
-    ("shuffled", "epoch", 1),
-    ("dataset", 3, 1),
-    ("half a pass", 3, 2),
-    ("stream", "time", 1),
-    ("grain", "epoch", 1),
-    ("grain iterator", 3, 1),
-    ("torch", 3, 2),
-    ("torchdata", 3, 1),
+FIRST = [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")]
+# In training, in validation, right before the batches that a resume skips, and again while it is handled.
+TERMINATED = [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")]
+KILLED = [  # data, save_freq, steps_per_execution, where it is left, the steps that are there in the end
+    ("shuffled", "epoch", 1, FIRST, [0, 1, 2]),
+    ("dataset", 3, 1, FIRST, None),
+    ("half a pass", 3, 2, FIRST, None),
+    ("stream", "time", 1, FIRST, None),
+    ("grain", "epoch", 1, FIRST, None),
+    ("grain iterator", 3, 1, FIRST, None),
+    ("torch", 3, 2, FIRST, None),
+    ("torchdata", 3, 1, FIRST, None),
+    ("shuffled", "epoch", 1, TERMINATED, [0, 1, 2]),
+    ("shuffled", 3, 1, TERMINATED, [14, 15, 18, 19, 21]),
 ]
 
 
@@ -692,15 +692,20 @@ def skip_where_missing(data):
         pytest.skip("it is gigabytes")
 
 
-@pytest.mark.parametrize(("data", "freq", "calls"), KILLED, ids=str)
-def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data, freq, calls, tmp_path):
+@pytest.mark.parametrize(("data", "freq", "calls", "places", "kept"), KILLED, ids=str)
+def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data, freq, calls, places, kept, tmp_path):
+    """P8 as well: SIGTERM saves within one batch and ends with its exit code."""
     skip_where_missing(data)
     script = {"data": data, "calls": calls}
-    places = [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")]
     end, logs = run_to_its_end(tmp_path, places, freq=freq, **script)
     assert all("Load Orbax checkpoint on_train_begin.\nContinue with epoch" in log for log in logs[1:])
-    assert ", after batch " in logs[2] and "Stop on SIGTERM: the run is saved." in logs[1]
+    for place, log, later in zip(places, logs, logs[1:]):
+        if "SIGKILL" not in place:
+            assert "Stop on SIGTERM: the run is saved. The same script continues it." in log
+            assert place[1] != "train" or ", after batch " in later
     assert_same_end(end, uninterrupted(**script)[1])
+    found = sorted(int(name) for name in names(tmp_path / "ckpt"))  # numbers: nothing else is left
+    assert found == (kept or found)
 
 
 def test_finished_run_says_so_and_loads_the_final_state(trained, tmp_path, capsys):
@@ -1047,7 +1052,6 @@ def test_script_may_give_a_dataset_other_numbers_and_texts(tmp_path):
 
 
 def test_data_that_is_not_what_it_was_is_reported_before_anything_is_trained(tmp_path, model):
-
     def resume(message, error=CheckpointMismatchError, expect=pytest.raises, y=Y, **kwargs):
         arguments, trained = {"x": X[: len(y)], "y": y, "batch_size": 16, "shuffle": False, **kwargs}, At()
         with expect(error, match=message):
@@ -1080,18 +1084,16 @@ def test_calls_and_numbers_that_do_not_fit_are_refused(tmp_path, model):
         fit(model, 4, callback(model, tmp_path / "b"))
 
 
-def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path):
-    model = dense_model()
-    model.second_optimizer = keras.optimizers.SGD()
+def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path, model):
+    more, held_out = dense_model(), ((X[:8], Y[:8]) for _ in range(9))
+    more.second_optimizer = keras.optimizers.SGD()
     with pytest.warns(UserWarning, match="further optimizers of the model is not saved: second_optimizer") as warned:
-        fit(model, 1, callback(model, tmp_path / "optimizer"))
+        fit(more, 1, callback(more, tmp_path / "optimizer"))
     assert files_of(warned) == [__file__]  # the line that calls fit
-    model = dense_model()
-    held_out = ((X[:8], Y[:8]) for _ in range(9))
     with pytest.warns(UserWarning, match="validation data is a generator"):
         fit(model, 1, callback(model, tmp_path / "generator"), validation_data=held_out, validation_steps=2)
+    save(model, tmp_path / "by hand")
     with pytest.warns(UserWarning, match="the position in the data is unknown"):
-        save(model, tmp_path / "by hand")
         fit(model, 2, callback(model, tmp_path / "by hand"), steps_per_epoch=2)
     data = ((X[i % 50 : i % 50 + 8], Y[i % 50 : i % 50 + 8]) for i in itertools.count())
     checkpoint, options = callback(model, tmp_path / "twice"), {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
@@ -1260,9 +1262,6 @@ def restored_number(model, directory):
     return number
 
 
-HOWS = ("killed", "names", "deleted", "contents")
-
-
 @STRACE
 @pytest.mark.parametrize("kind", ["one kept", "replaced", "damaged"])
 def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(kind, tmp_path):
@@ -1429,31 +1428,18 @@ Point = collections.namedtuple("Point", "x y")
 
 def states():  # a function, because processes are forked from this module, in which JAX must not run yet
     return {
-        "dict": {("a", 1): [1, (2.5, None)], "b": {True: "x"}},
-        "defaultdict": collections.defaultdict(list, {"a": [1]}),
-        "Counter": collections.Counter("abca"),
-        "OrderedDict": collections.OrderedDict(b=1, a=2),
-        "set": {3},
-        "frozenset": frozenset([3]),
-        "deque": collections.deque([1, 2], maxlen=3),
-        "bytes": b"\x00\xff",
-        "floats": [float("inf"), -0.0, 1e-323],
-        "date": datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
-        "jax": jax.numpy.arange(3.0),
-        "jax bfloat16": jax.numpy.ones((2, 3), "bfloat16"),
-        "large": np.arange(5000.0),
-        "large text": np.array(["a" * 3000, "b"]),
-        "bfloat16": np.arange(6).astype(jax.numpy.bfloat16).reshape(2, 3),
-        "big-endian": np.arange(3, dtype=">i4"),
-        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "empty": np.zeros((0, 3)),
-        "no axes": np.array(2.5),
-        "scalar": np.float32(0.1),
+        "dict": {("a", 1): [1, (2.5, None)], "b": {True: "x"}}, "set": {3}, "frozenset": frozenset([3]),
+        "defaultdict": collections.defaultdict(list, {"a": [1]}), "Counter": collections.Counter("abca"),
+        "OrderedDict": collections.OrderedDict(b=1, a=2), "deque": collections.deque([1, 2], maxlen=3),
+        "bytes": b"\x00\xff", "floats": [float("inf"), -0.0, 1e-323], "operation": keras.ops.less,
+        "date": datetime.datetime(2026, 1, 2, 3, 4, 5, 6), "times": np.array(["2020-01-01", "NaT"], "datetime64[D]"),
+        "jax": jax.numpy.arange(3.0), "jax bfloat16": jax.numpy.ones((2, 3), "bfloat16"),
+        "large": np.arange(5000.0), "large text": np.array(["a" * 3000, "b"]), "text": np.array(["a", "bc"]),
+        "bfloat16": np.arange(6).astype(jax.numpy.bfloat16).reshape(2, 3), "big-endian": np.arange(3, dtype=">i4"),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "empty": np.zeros((0, 3)),
+        "no axes": np.array(2.5), "scalar": np.float32(0.1),
         "structured": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
-        "text": np.array(["a", "bc"]),
-        "times": np.array(["2020-01-01", "NaT"], "datetime64[D]"),
-        "operation": keras.ops.less,
-    }
+    }  # fmt: skip
 
 
 def assert_same(one, other):
@@ -1497,22 +1483,19 @@ class Keeper:
         self.state = state
 
 
-def keep(directory, state, model=None):
-    model = model or dense_model()
-    fit(model, 1, callback(model, directory, stateful=[Keeper(state)]))
-
-
-def kept(directory):
-    keeper, model = Keeper(), dense_model()
+def keep(directory, state=None):
+    """Saves a state, or brings back the one that was saved."""
+    model, keeper = dense_model(), Keeper(state)
     fit(model, 1, callback(model, directory, stateful=[keeper]))
     return keeper.state
 
 
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path):
-    many, small = [np.array([i, -i]) for i in range(10_050)], {"random": np.arange(624), 3: (1.5, None, b"x")}
+    many = [np.array([i, -i]) for i in range(10_050)]
+    small = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
     for name, state in (("many", many), ("small", small)):
         keep(tmp_path / name, state)
-        assert_same(kept(tmp_path / name), state)
+        assert_same(keep(tmp_path / name), state)
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
 
 
@@ -1618,12 +1601,11 @@ def test_resumable_refuses_what_it_cannot_follow(tmp_path, model):
     for stateful in (Draws(), Loader()):
         with pytest.raises(TypeError, match=r"stateful\[0\] .* is a data iterator.*checkpoint.resumable"):
             callback(model, tmp_path, stateful=[stateful])
-    batches, before = checkpoint.resumable(Draws()), values(model)
-    with pytest.raises(ValueError, match="what it returned was not passed to fit"):
+    batches = checkpoint.resumable(Draws())
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="what it returned was not passed to fit"):
         fit(model, 1, checkpoint)
-    with pytest.raises(ValueError, match="steps_per_epoch was not"):
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="steps_per_epoch was not"):
         model.fit(batches, callbacks=[checkpoint], **options)
-    assert_equal(values(model), before)
     model.fit(checkpoint.resumable(Draws()), steps_per_epoch=3, callbacks=[checkpoint], **options)
     with pytest.raises(CheckpointMismatchError, match=r"fit read checkpoint.resumable\(data\) then"):
         fit(model, 2, callback(model, tmp_path))
@@ -1671,22 +1653,31 @@ def test_options_of_orbax_get_through(tmp_path):
     assert names(tmp_path / "plain") == ["2"]
 
 
-MONITORED = [  # mode, options, losses, the steps that are kept
-    ("min", {"max_to_keep": 2}, [3, 1, 2, 4, 5], [1, 2, 4]),
-    ("max", {"max_to_keep": 2}, [3, 5, 2, 4, 1], [1, 3, 4]),
-    ("auto", {"max_to_keep": 2}, [3, 1, float("nan"), 4, 5], [0, 1, 4]),
-    ("min", {"max_to_keep": 1, "keep_period": 4}, [5, 4, 1, 3, 2, 6, 7], [0, 2, 4, 6]),
+MONITORED = [  # mode, options, losses, the steps that are kept, the best one
+    ("min", {"max_to_keep": 2}, [3, 1, 2, 4, 5], [1, 2, 4], 1),
+    ("max", {"max_to_keep": 2}, [3, 5, 2, 4, 1], [1, 3, 4], 1),
+    ("auto", {"max_to_keep": 2}, [3, 1, float("nan"), 4, 5], [0, 1, 4], 1),
+    ("min", {"max_to_keep": 1, "keep_period": 4}, [5, 4, 1, 3, 2, 6, 7], [0, 2, 4, 6], 2),
+    ("min", {"max_to_keep": 1}, [None, None, None, 2, 1, 3], [4, 5], 4),  # the first are saved without a monitor
 ]
 
 
-@pytest.mark.parametrize(("mode", "options", "losses", "kept"), MONITORED, ids=str)
-def test_monitor_keeps_the_best_and_the_newest(mode, options, losses, kept, tmp_path):
-    options |= {"monitor": "loss", "mode": mode}
-    save(model := dense_model(), tmp_path, *range(3), losses=losses[:3], **options)
-    again = save(model, tmp_path, *range(3, len(losses)), losses=losses[3:], **options)  # by values on disk
-    assert again.all_steps() == kept
-    best = losses.index(max(losses) if mode == "max" else min(losses))
-    assert again.best_step() == best and record_of(tmp_path / str(best))["metrics"] == {"loss": losses[best]}
+@pytest.mark.parametrize(("mode", "options", "losses", "kept", "best"), MONITORED, ids=str)
+def test_monitor_keeps_the_best_and_the_newest_and_all_agree(mode, options, losses, kept, best, tmp_path, model):
+    saved, options = [], {"monitor": "loss", "mode": mode, **options}
+    for epoch, loss in enumerate(losses):
+        if epoch in (0, 3):  # anew: by values on disk
+            manager = KerasOrbaxCheckpointManager(model, tmp_path, **({} if loss is None else options))
+        model.layers[0].bias.assign(np.full(400, epoch))
+        saved.append(values(model))
+        commit(manager, epoch, losses=[loss])
+    fresh = KerasOrbaxCheckpointManager(model, tmp_path)
+    assert manager.all_steps() == fresh.all_steps() == kept
+    assert manager.best_step() == fresh.best_step() == fresh.restore_state("best") == best
+    assert_equal(values(model), saved[best])
+    assert_equal(values(load_model(tmp_path, step="best")), saved[best])
+    assert record_of(tmp_path / str(best))["metrics"] == {"loss": losses[best]}
+    assert [line.split()[0] for line in command_line(tmp_path)[1] if "best" in line] == [str(best)]
 
 
 def test_monitor_direction_comes_from_the_metrics(tmp_path):
@@ -1699,27 +1690,6 @@ def test_monitor_direction_comes_from_the_metrics(tmp_path):
     assert KerasOrbaxCheckpointManager(new, tmp_path / "val_accuracy", monitor="val_accuracy").best_step() == 1
     with pytest.warns(UserWarning, match="'val_loss' is not among the metrics of step 0.*'loss'"):
         fit(model, 1, callback(model, tmp_path / "absent", monitor="val_loss"))
-
-
-def test_old_steps_take_part_in_retention_by_a_monitor_that_is_new(tmp_path):
-    save(model := dense_model(), tmp_path, 0, 1, 2)
-    options = {"max_to_keep": 1, "monitor": "loss", "mode": "min"}
-    assert save(model, tmp_path, 3, 4, 5, losses=[2.0, 1.0, 3.0], **options).all_steps() == [4, 5]
-
-
-@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 2)])
-def test_best_step_is_the_same_everywhere(mode, best, tmp_path):
-    model, saved = dense_model(), []
-    for epoch, loss in enumerate([2.0, 1.0, 3.0, float("nan")]):
-        fit(model, 1)
-        saved.append(values(model))
-        manager = save(model, tmp_path, epoch, losses=[loss], max_to_keep=None, monitor="loss", mode=mode)
-    fresh = KerasOrbaxCheckpointManager(model, tmp_path)
-    assert manager.best_step() == fresh.best_step() == best
-    assert fresh.restore_state("best") == manager.restore_state("best") == best
-    assert_equal(values(model), saved[best])
-    assert_equal(values(load_model(tmp_path, step="best")), saved[best])
-    assert [line[0] for line in command_line(tmp_path)[1] if "best" in line] == [str(best)]
 
 
 def test_step_that_another_manager_has_saved_since_is_refused_and_nothing_is_deleted(tmp_path, model):
@@ -1823,36 +1793,27 @@ def assert_nothing_left(model, before):
 
 @pytest.mark.parametrize("is_last", [False, True])
 def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(is_last, trained, tmp_path):
-    def compile_anew(epoch, logs=None):
-        if epoch == 4:
-            model.compile("sgd", "mse")  # after which fit has no train function
-
-    def interrupt(epoch, logs=None):
-        if epoch == 4:
-            raise KeyboardInterrupt
-
-    def mine(number, frame):
-        raise AssertionError("not called")
-
+    interrupt = on(on_epoch_begin=lambda epoch, logs: epoch == 4 and signal.default_int_handler(signal.SIGINT, None))
+    anew = on(on_epoch_begin=lambda epoch, logs: epoch == 4 and model.compile("sgd", "mse"))  # then it cannot train
     cases = {  # the other callback, and the steps on disk afterwards
-        "nothing to do": (None, [0, 1, 2]),
-        "on_train_begin": (on(on_train_begin=fail), [0, 1, 2]),
-        "on_epoch_begin": (on(on_epoch_begin=interrupt), [0, 1, 2, 3]),
-        "on_epoch_end": (on(on_epoch_end=fail), [0, 1, 2]),
-        "on_train_end": (on(on_train_end=fail), [0, 1, 2, 3, 4]),
-        "compiled anew": (on(on_epoch_begin=compile_anew), [0, 1, 2, 3]),
+        "nothing to do": (None, ["0", "1", "2"]),
+        "on_train_begin": (on(on_train_begin=fail), ["0", "1", "2"]),
+        "on_epoch_begin": (interrupt, ["0", "1", "2", "3"]),
+        "on_epoch_end": (on(on_epoch_end=fail), ["0", "1", "2"]),
+        "on_train_end": (on(on_train_end=fail), ["0", "1", "2", "3", "4"]),
+        "compiled anew": (anew, ["0", "1", "2", "3"]),
     }
     for name, (other, steps) in cases.items():
         model, directory = dense_model(), shutil.copytree(trained[1], tmp_path / name)
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)
         checkpoint = callback(model, directory, preemption_signals=signals)
         callbacks = [checkpoint, other] if is_last else [other, checkpoint]
-        with handling(signal.SIGTERM, mine):
+        with handling(signal.SIGTERM, lambda number, frame: pytest.fail("it is called")):
             before = handlers()
             with pytest.raises((RuntimeError, TypeError, KeyboardInterrupt)) if other else contextlib.nullcontext():
                 fit(model, 5 if other else 0, *filter(None, callbacks))
             assert_nothing_left(model, before)
-        assert names(directory) == [str(step) for step in steps]
+        assert names(directory) == steps
         model.compile("adam", "mse")
         assert fit(model, 1).epoch == [0]
         fit(model, 6, checkpoint)
@@ -1897,7 +1858,7 @@ def test_one_error_lists_every_difference_those_of_weights_before_those_of_the_o
 
 def test_variables_of_64_bits_without_x64_and_those_without_elements_are_restored_and_those_with_x64_refused(tmp_path):
     specs = {"count": ((), "int64"), "nothing": ((0, 3), "float32")}  # the second kept apart from Orbax
-    build = lambda: stacked(layers.Dense(4, dtype="float64"), Holder(specs), layers.Dense(1))  # noqa: E731
+    build = lambda: stacked(layers.Dense(4, dtype="float64"), holder(specs), layers.Dense(1))  # noqa: E731
     jax.config.update("jax_enable_x64", True)
     try:
         save(build(), tmp_path / "x64")
@@ -1913,19 +1874,24 @@ def test_variables_of_64_bits_without_x64_and_those_without_elements_are_restore
     assert_equal(values(model), values(saved))
 
 
-class Holder(layers.Layer):
-    """Has variables that are not trained, by names, shapes and dtypes."""
+class Given(layers.Layer):
+    """Has the variables that a function gives it."""
 
-    def __init__(self, specs, **kwargs):
+    def __init__(self, give, **kwargs):
         super().__init__(**kwargs)
-        self.specs = specs
+        self.give = give
 
     def build(self, shape):
-        for name, (shape, dtype) in self.specs.items():
-            setattr(self, name, self.add_weight(shape=shape, dtype=dtype, name=name, trainable=False))
+        self.give(self)
 
     def call(self, x):
         return x
+
+
+def holder(specs):
+    """A layer with variables that are not trained, by names, shapes and dtypes."""
+    weights = [{"name": name, "shape": shape, "dtype": dtype} for name, (shape, dtype) in specs.items()]
+    return Given(lambda layer: [layer.add_weight(**each, trainable=False) for each in weights])
 
 
 def test_weights_only_leaves_the_optimizer_alone_and_helps_where_it_is_another(trained):
@@ -1947,13 +1913,16 @@ def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_
     with open(data_file(tmp_path / "0"), "r+b") as file:  # the middle of it is the head's kernel
         file.seek(200_000)
         file.write(bytes(200_000))
-    with pytest.raises(CheckpointCorruptError):
+    with unchanged(saved, tmp_path), pytest.raises(CheckpointCorruptError, match="the model is as it was"):
         restore(saved, tmp_path)
     head = model.layers[-1].get_weights()[:1]
     with pytest.warns(UserWarning, match=r"(?s)restored partially.*\(500, 300\), the model has \(500, 200\)"):
         restore(model, tmp_path, strict=False)
     assert_equal(model.layers[0].get_weights(), saved.layers[0].get_weights())
     assert_equal(model.layers[-1].get_weights()[:1], head)
+    with pytest.raises(CheckpointCorruptError) as caught:
+        restore(saved, tmp_path, donate=True)
+    assert "as it was" not in str(caught.value)
 
 
 def test_donate_restores_the_same_and_frees_the_old_arrays(trained, model):
@@ -2045,21 +2014,16 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     assert_equal(values(model), values(reference))
 
 
-def test_nothing_intact_names_every_step_and_moves_nothing(trained, tmp_path):
-    directory, model = copy_of(trained, tmp_path), dense_model()
+def test_damage_of_all_steps_of_two_of_them_and_of_one_more_later(trained, tmp_path, model):
+    directory = copy_of(trained, tmp_path)
+    manager = KerasOrbaxCheckpointManager(model, directory)
     for step in range(3):
         garble(data_file(directory / str(step)))
     message = "(?s)No checkpoint in .* is intact.*Step 2 in.*Step 1 in.*Step 0 in"
     with unchanged(model, directory), pytest.raises(CheckpointCorruptError, match=message) as raised:
-        restore(model, directory)
+        manager.restore_state()
     assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, OSError)
-
-
-def test_damage_of_two_steps_and_of_one_more_later(trained, tmp_path):
-    directory, model = copy_of(trained, tmp_path), dense_model()
-    manager = KerasOrbaxCheckpointManager(model, directory)
-    for step in (1, 2):
-        garble(data_file(directory / str(step)))
+    garble(data_file(directory / "0"))  # which undoes it
     with pytest.warns(UserWarning, match="Step 0 is restored.*set aside as 2.damaged, 1.damaged."):
         assert manager.restore_state() == 0
     assert commit(manager, 2).all_steps() == [0, 2]
@@ -2107,7 +2071,7 @@ def test_no_flipped_bit_restores_wrong(compression, tmp_path):
     """In arrays of every dtype, at random; plain Orbax restores most of them without a word."""
     drawn, shapes = np.random.default_rng(3), [(), (1,), (7,), (5, 3), (30, 4, 5, 6)]
     specs = {f"{dtype}_{len(shape)}{sum(shape)}": (shape, dtype) for dtype in DTYPES for shape in shapes}
-    model = stacked(Holder(specs), layers.Dense(200), layers.Dense(200), layers.Dense(1))
+    model = stacked(holder(specs), layers.Dense(200), layers.Dense(200), layers.Dense(1))
     values(model)
     for variable in [*model.non_trainable_variables, *model.optimizer.variables]:  # not zeros, which are not stored
         variable.assign((drawn.normal(size=variable.shape) * 7).astype(jax.numpy.dtype(variable.dtype)))
@@ -2134,7 +2098,7 @@ def test_flipped_bits_of_what_belongs_to_objects_are_found(tmp_path):
     keep(tmp_path, own)
     for _ in flips(files(tmp_path / "0/run"), 5, 40):
         try:
-            assert_equal(kept(tmp_path), own)
+            assert_equal(keep(tmp_path), own)
         except CheckpointCorruptError:
             found += 1
     assert found > 13
@@ -2187,20 +2151,11 @@ def test_files_of_two_saves_are_never_mixed(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- P8: preemption
 
-
-@pytest.mark.parametrize("freq", ["epoch", 3])
-def test_sigterm_saves_within_one_batch_and_ends_with_its_exit_code(freq, tmp_path):
-    """In training, in validation, right before the batches that a resume skips, and again while it is handled."""
-    places = [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")]
-    end, logs = run_to_its_end(tmp_path, places, freq=freq)
-    assert all("Stop on SIGTERM: the run is saved. The same script continues it." in log for log in logs[:-1])
-    assert_same_end(end, uninterrupted()[1])
-    kept = sorted(int(name) for name in names(tmp_path / "ckpt"))  # numbers: nothing else is left
-    assert kept == ([0, 1, 2] if freq == "epoch" else [14, 15, 18, 19, 21])
+# Whole runs that SIGTERM ends are TERMINATED, in P1, and SCENARIOS, in P2.
 
 
-def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_path):
-    model, called = dense_model(), []
+def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called_even_beside_an_error(tmp_path, model):
+    called, later = [], tmp_path / "later"
     checkpoint = callback(model, tmp_path, save_freq=1000, preemption_signals=(signal.SIGINT, signal.SIGUSR1))
     manager = checkpoint.checkpoint_manager
     with pytest.raises(KeyboardInterrupt):
@@ -2212,18 +2167,10 @@ def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_p
     assert raised.value.code == 128 + signal.SIGUSR1
     assert called == [[7, 9]]  # it was saved by then
     assert all(np.isfinite(value).all() for value in values(model))  # and fit has given the variables back
-
-
-def test_signal_that_comes_with_an_error_is_delivered(tmp_path):
-    def both(batch, logs=None):
-        terminate()
-        fail()
-
-    model, called = dense_model(), []
     note = handling(signal.SIGTERM, lambda number, frame: called.append(number))
     with note, pytest.raises(RuntimeError, match="on purpose"):
-        fit(model, 1, callback(model, tmp_path), on(on_train_batch_end=both))
-    assert called == [signal.SIGTERM]
+        fit(model, 1, callback(model, later), on(on_train_batch_end=terminate), on(on_train_batch_end=fail))
+    assert called[1:] == [signal.SIGTERM]
 
 
 def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
@@ -2354,19 +2301,11 @@ def test_write_that_fails_on_one_process_alone_fails_on_all_and_none_waits(victi
     assert names(tmp_path / "ckpt") == ["1"]
 
 
-def test_load_model_reads_what_two_processes_have_saved(together):
+def test_checkpoint_of_two_processes_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
     directory = together("model")[0] / "ckpt"
-    loaded = load_model(directory, custom_objects={"Vocabulary": Vocabulary})
-    assert loaded.layers[0].words == ["one"]
-    assert_same_values(gathered(loaded), plain(directory, 2))
-    assert is_intact(directory)
-
-
-def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
-    work = together("model")[0]
-    saved = plain(work / "ckpt", 2)
+    saved = plain(directory, 2)
     kinds = ["none", "data", "model", "mixed", "model 4", "mixed 4"]
-    run_together(tmp_path, "relays", str(work / "ckpt"), kinds, processes=1, devices=8)
+    run_together(tmp_path, "relays", str(directory), kinds, processes=1, devices=8)
     for kind in kinds:
         assert_same_values(plain(tmp_path / kind, 0), saved)
     for kind in ("model", "none"):  # from eight devices and from one
@@ -2374,6 +2313,10 @@ def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(togeth
         run_together(back, "relays", str(tmp_path / kind), ["data", "model", "mixed"])
         for after in ("data", "model", "mixed"):
             assert_same_values(plain(back / after, 0), saved)
+    loaded = load_model(directory, custom_objects={"Vocabulary": Vocabulary})
+    assert loaded.layers[0].words == ["one"]
+    assert_same_values(gathered(loaded), saved)
+    assert is_intact(directory)
 
 
 # --------------------------------------------------------------------------------------- P10: early, clear errors
@@ -2397,25 +2340,14 @@ def uncompiled():
     return keras.Sequential([keras.Input((6,)), layers.Dense(1)])
 
 
-class Within(layers.Layer):
-    """A variable "x" beside another one or a layer of that name."""
-
-    def __init__(self, kind, **kwargs):
-        super().__init__(**kwargs)
-        self.kind = kind
-
-    def build(self, shape):
-        self.scale = self.add_weight(shape=(6,), name="x")
-        self.inner = layers.Dense(6, name="x") if self.kind == "layer" else self.add_weight(shape=(6,), name="x")
-        if self.kind == "layer":
-            self.inner.build(shape)
-
-    def call(self, x):
-        return self.inner(x * self.scale) if self.kind == "layer" else x * self.scale * self.inner
+def twins(layer):
+    layer.first, layer.second = (layer.add_weight(shape=(6,), name="x") for _ in range(2))
 
 
-def within(kind):
-    return stacked(Within(kind, name="a"), layers.Dense(1))
+def alike(layer):
+    """A variable and a layer of the same name."""
+    layer.scale, layer.inner = layer.add_weight(shape=(6,), name="x"), layers.Dense(6, name="x")
+    layer.inner.build((None, 6))
 
 
 def dotted():
@@ -2452,16 +2384,10 @@ ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment o
 
 
 UNSAVEABLE = {
-    "named tuple": lambda: Point(1, 2),
-    "object": object,
-    "array of objects": lambda: np.array([object()]),
-    "masked array": lambda: np.ma.array([1]),
-    "lock": threading.Lock,
-    "key": lambda: jax.random.key(0),
-    "variable": lambda: keras.Variable(1.0),
-    "enumeration": lambda: signal.SIGTERM,
-    "metric": lambda: keras.metrics.Mean(),
-}
+    "named tuple": lambda: Point(1, 2), "object": object, "array of objects": lambda: np.array([object()]),
+    "masked array": lambda: np.ma.array([1]), "lock": threading.Lock, "key": lambda: jax.random.key(0),
+    "variable": lambda: keras.Variable(1.0), "enumeration": lambda: signal.SIGTERM, "metric": keras.metrics.Mean,
+}  # fmt: skip
 
 
 def keeping(make):
@@ -2511,10 +2437,10 @@ REFUSED = {
     "restore, not compiled": (uncompiled, restore, ValueError, "weights_only=True"),
     "save, not built": (MODELS["unbuilt"], saving(3), ValueError, "no variables yet"),
     "restore, not built": (MODELS["unbuilt"], restore, ValueError, "no variables yet"),
-    "equal paths": (lambda: within("variable"), fitting(), ValueError, "path '.*a/x'.*different names"),
+    "equal paths": (lambda: stacked(Given(twins, name="a")), fitting(), ValueError, "path '.*a/x'.*different names"),
     "dots, fit": (dotted, fitting(), ValueError, "differs only in '.' and '/'"),
     "dots, save": (dotted, saving(3), ValueError, "differs only in '.' and '/'"),
-    "path within": (lambda: within("layer"), saving(3), ValueError, "have the path '.*a/x'"),
+    "path within": (lambda: stacked(Given(alike, name="a")), saving(3), ValueError, "have the path '.*a/x'"),
     "other model": (
         dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "the model that you fit"
     ),
@@ -2525,6 +2451,16 @@ REFUSED = {
     **{f"step {each}": (dense_model, saving(each), ValueError, f"Step {each} is not above 2") for each in range(3)},
     "next step": (dense_model, fitting(4), ValueError, "step 3, which is not above 200", of_other_numbering),
     "absent": (dense_model, lambda *at: restore(*at, 7), FileNotFoundError, r"no checkpoint of step 7 .*\[0, 1, 2\]"),
+    "absent to load": (
+        dense_model, lambda m, d: load_model(d, 7), FileNotFoundError, r"no checkpoint of step 7 in .*\[0, 1, 2\]"
+    ),
+    "two callbacks": (
+        dense_model, lambda m, d: fit(m, 5, callback(m, d), callback(m, d.with_name("b"))),
+        ValueError, "fit takes one OrbaxCheckpointCallback",
+    ),
+    "one callback twice": (
+        dense_model, lambda m, d: fit(m, 5, *[callback(m, d)] * 2), ValueError, "fit takes one OrbaxCheckpointCallback"
+    ),
     "later format": (dense_model, restore, CheckpointError, "has format 99.*reads format 1", of_later_format),
     "other shape": (lambda: dense_model(5), restore, MISMATCH, r"saved as \(6, 400\)"),
     "other shape in fit": (lambda: dense_model(5), fitting(), MISMATCH, r"saved as \(6, 400\)"),
@@ -2541,13 +2477,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusal_says_why_and_leaves_model_and_directory_as_they_were(case, trained, tmp_path):
+def test_refusal_says_why_and_leaves_everything_as_it_was(case, trained, tmp_path):
     build, action, error, message, *changes = REFUSED[case]
-    directory, model = copy_of(trained, tmp_path), build()
+    directory, model, before = copy_of(trained, tmp_path), build(), handlers()
     for change in changes:
         change(directory)
     with unchanged(model, directory), pytest.raises(error, match=message):
         action(model, directory)
+    assert handlers() == before
 
 
 def test_other_backends_are_refused():
@@ -2555,17 +2492,6 @@ def test_other_backends_are_refused():
     environment = {**os.environ, "KERAS_BACKEND": "numpy"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, env=environment)
     assert "the backend is 'numpy'" in done.stderr and "KERAS_BACKEND" in done.stderr
-
-
-def test_fit_takes_one_callback_of_ours(tmp_path):
-    save(model := dense_model(), tmp_path / "a")
-    there, (a, b) = handlers(), (callback(model, tmp_path / name) for name in "ab")
-    for callbacks in ([a, b], [a, a]):
-        trained = At()
-        with unchanged(model, tmp_path), pytest.raises(ValueError, match="fit takes one OrbaxCheckpointCallback"):
-            fit(model, 2, trained, *callbacks)
-        assert trained.heard == []
-    assert handlers() == there and names(tmp_path / "b") == []
 
 
 def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(tmp_path):
@@ -2605,11 +2531,10 @@ def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
     restore(swapped, tmp_path)
 
     def by_name(model):
-        variables = [*model.variables, *model.optimizer.variables]
-        return {re.search("block_.*", each.path)[0]: np.array(each.value) for each in variables if "block" in each.path}
+        variables = [each for each in [*model.variables, *model.optimizer.variables] if "block" in each.path]
+        return [np.array(each) for each in sorted(variables, key=lambda each: re.search("block_.*", each.path)[0])]
 
-    expected, found = by_name(saved), by_name(swapped)
-    assert_equal([found[name] for name in expected], list(expected.values()))
+    assert_equal(by_name(swapped), by_name(saved))
     model = blocks_named("block_2", "block_3")
     before = model.get_layer("block_3").get_weights()
     message = "'.*block_3/kernel' is in the model but not in the checkpoint"
@@ -2649,39 +2574,24 @@ def test_layers_frozen_or_thawed_since_are_restored_by_path(then, now, tmp_path)
 # ------------------------------------------------------------------------------------------ P12: others' checkpoints
 
 
-class GuidesManager(ocp.CheckpointManager):
+class GuidesCallback(keras.callbacks.Callback):
     """Saves as the guide does."""
 
-    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
-        self.model, self.steps_per_epoch = model, steps_per_epoch
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False, **kwargs)
-        super().__init__(checkpoint_dir, options=options)
-
-    def save_state(self, epoch):
-        state = self.model.get_state_tree()
-        state.pop("metrics_variables")
-        self.save(epoch * self.steps_per_epoch, args=ocp.args.StandardSave(state))
-
-
-class GuidesCallback(keras.callbacks.Callback):
-    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
-        self.checkpoint_manager = GuidesManager(model, checkpoint_dir, max_to_keep, steps_per_epoch, **kwargs)
+    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1):
+        super().__init__()
+        self.guided, self.steps_per_epoch = model, steps_per_epoch
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(checkpoint_dir, options=options)
 
     def on_epoch_end(self, epoch, logs=None):
-        self.checkpoint_manager.save_state(epoch)
+        state = self.guided.get_state_tree()
+        state.pop("metrics_variables")
+        self.manager.save(epoch * self.steps_per_epoch, args=ocp.args.StandardSave(state))
 
 
 def skip_without_keras_callback():
     if not hasattr(keras.callbacks, "OrbaxCheckpoint"):
         pytest.skip("this version of Keras has no OrbaxCheckpoint")
-
-
-def test_steps_of_the_guides_version_are_epochs_times_steps_per_epoch(tmp_path):
-    reference, model = dense_model(), dense_model()
-    fit(reference, 2, GuidesCallback(reference, tmp_path, 5, 4))
-    assert KerasOrbaxCheckpointManager(model, tmp_path, steps_per_epoch=4).restore_state() == 4
-    assert_equal(values(model), values(reference))
-    assert fit(model, 4, callback(model, tmp_path, 5, 4)).epoch == [2, 3]
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -2699,8 +2609,19 @@ def test_checkpoints_of_the_callback_of_keras_are_restored(weights_only, tmp_pat
         restore(model, tmp_path, weights_only=weights_only)
 
 
-def test_plain_orbax_reads_the_state_tree_of_keras(trained):
+def test_folder_has_what_the_guide_lists_and_the_record_and_plain_orbax_reads_the_state_tree_of_keras(trained):
     model, directory = trained
+    assert names(directory) == ["0", "1", "2"]
+    assert [path.name for path in (directory / "2").iterdir() if path.is_dir()] == ["default"]
+    found = set(names(directory / "2/default")) - {"commit_success.txt"}
+    assert found == {"d", "manifest.ocdbt", "_METADATA", "_sharding"}
+    record = record_of(directory / "2")
+    assert record["format"] == 1 and record["position"]["epoch"] == 3
+    described = [[variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables]
+    assert record["variables"]["trainable_variables"] == described
+    assert record["metrics"] == {name: series[-1] for name, series in model.history.history.items()}
+    rebuilt = keras.saving.deserialize_keras_object(record["model"])
+    assert [layer.name for layer in rebuilt.layers] == [layer.name for layer in model.layers]
     expected = model.get_state_tree("numpy_array")
     del expected["metrics_variables"]
     reads = [
@@ -2717,22 +2638,6 @@ def test_plain_orbax_reads_the_state_tree_of_keras(trained):
         assert_equal([np.asarray(leaf) for leaf in jax.tree.leaves(read)], jax.tree.leaves(expected))
 
 
-def test_folder_has_what_the_guide_lists_and_the_record(trained):
-    model, directory = trained
-    assert names(directory) == ["0", "1", "2"]
-    assert [path.name for path in (directory / "2").iterdir() if path.is_dir()] == ["default"]
-    found = set(names(directory / "2/default")) - {"commit_success.txt"}
-    assert found == {"d", "manifest.ocdbt", "_METADATA", "_sharding"}
-    record = record_of(directory / "2")
-    assert record["format"] == 1 and record["position"]["epoch"] == 3
-    assert record["variables"]["trainable_variables"] == [
-        [variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables
-    ]
-    assert record["metrics"] == {name: series[-1] for name, series in model.history.history.items()}
-    rebuilt = keras.saving.deserialize_keras_object(record["model"])
-    assert [layer.name for layer in rebuilt.layers] == [layer.name for layer in model.layers]
-
-
 def test_layers_that_derive_values_from_variables_predict_right_after_a_restore(tmp_path):
     saved, model = (stacked(layers.Normalization(), layers.Dense(1)) for _ in range(2))
     saved.layers[0].adapt(X * 3 + 5)
@@ -2744,26 +2649,16 @@ def test_layers_that_derive_values_from_variables_predict_right_after_a_restore(
     assert_equal([load_model(tmp_path).predict(X, verbose=0)], [expected])
 
 
-class Hoarder(layers.Layer):
-    """Has state that is in no variable."""
-
-    def build(self, shape):
-        self.weight = self.add_weight(shape=(1,), name="weight")
-
-    def call(self, x):
-        return x * self.weight
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        store["seen"] = np.arange(3)
-
-
 def test_layers_with_state_that_is_in_no_variable_are_named_at_the_first_save(tmp_path):
-    manager = KerasOrbaxCheckpointManager(stacked(Hoarder(name="hoarder"), layers.Dense(1)), tmp_path)
+    class Hoarder(layers.Dense):
+        def save_own_variables(self, store):
+            super().save_own_variables(store)
+            store["seen"] = np.arange(3)
+
+    manager = KerasOrbaxCheckpointManager(stacked(Hoarder(1, name="hoarder")), tmp_path)
     with pytest.warns(UserWarning, match="'hoarder' have a save_own_variables"):
-        manager.save_state(0)
-    manager.save_state(1)
-    manager.wait_until_finished()
+        commit(manager, 0)
+    commit(manager, 1)
 
 
 class Vocabulary(layers.Layer):
@@ -2804,7 +2699,7 @@ def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path
         load_model(tmp_path, **scope)
 
 
-@KERASHUB
+@pytest.mark.skipif(not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow: gigabytes")
 def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path):
     import keras_hub
 
@@ -2821,13 +2716,11 @@ def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path)
     assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
 
 
-def test_load_model_takes_any_step_however_it_is_named_and_says_what_is_missing(trained, tmp_path):
+def test_load_model_takes_any_step_however_it_is_named(trained, tmp_path, model):
     for step in (0, 1, 2):
-        restore(model := dense_model(), trained[1], step)
+        restore(model, trained[1], step)
         assert_equal(values(load_model(trained[1], step)), values(model))
     assert not load_model(trained[1], 0, compile=False).compiled
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*Steps there: \[0, 1, 2\]"):
-        load_model(trained[1], 7)
     for number, options in enumerate(({}, {"step_prefix": "ckpt"}, {"step_format_fixed_length": 6})):
         (tmp_path / str(number) / "a_007").mkdir(parents=True)
         fit(model, 1, callback(model, tmp_path / str(number), **options))
@@ -2835,12 +2728,10 @@ def test_load_model_takes_any_step_however_it_is_named_and_says_what_is_missing(
         assert is_intact(tmp_path / str(number))
 
 
-def test_model_compiled_anew_between_saves_is_described_anew(tmp_path):
-    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path)
-    manager.save_state(0)
+def test_model_compiled_anew_between_saves_is_described_anew(tmp_path, model):
+    manager = save(model, tmp_path)
     compiled(model, keras.optimizers.SGD(0.25))
-    manager.save_state(1)
-    manager.wait_until_finished()
+    commit(manager, 1)
     assert float(load_model(tmp_path).optimizer.learning_rate) == 0.25
     assert_equal(values(load_model(tmp_path)), values(model))
 
@@ -2863,7 +2754,7 @@ def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
         load_model(tmp_path / "none")
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path / "none")).epoch == [0, 1]  # but it is resumed
-    GuidesManager(code, tmp_path / "foreign").save_state(0)
+    GuidesCallback(code, tmp_path / "foreign").on_epoch_end(0)
     with pytest.raises(CheckpointError, match="has no config that makes its model: another tool wrote it"):
         load_model(tmp_path / "foreign")
 
@@ -2891,7 +2782,6 @@ print(type(load_model({directory!r})).__name__)
 
 
 def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, capsys, model):
-
     def lines(epochs, **options):
         fit(model, epochs, callback(model, tmp_path, **options))
         return capsys.readouterr().out.splitlines()
@@ -2957,11 +2847,11 @@ def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
         assert files_of(warned) == [__file__]  # the line of the user
 
 
-@pytest.mark.parametrize("compression", [False, True])
-def test_compression_is_off_unless_asked_for(compression, tmp_path):
+def test_compression_is_off_unless_asked_for(tmp_path):
     model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="ones")]))
-    save(model, tmp_path, **({"compression": True} if compression else {}))
-    assert (sum(path.stat().st_size for path in files(tmp_path)) < 256 * 256 * 4) == compression
+    for name, options in (("plain", {}), ("compressed", {"compression": True})):
+        save(model, tmp_path / name, **options)
+        assert (sum(path.stat().st_size for path in files(tmp_path / name)) < 256 * 256 * 4) == bool(options)
 
 
 def test_batch_on_which_nothing_is_saved_neither_syncs_the_state_nor_reads_the_random_state(tmp_path, monkeypatch):
@@ -2998,8 +2888,6 @@ def test_fresh_run_holds_no_second_copy_of_the_state(run_eagerly, tmp_path):
 def test_process_does_not_grow_over_a_hundred_saves(tmp_path):
     code, log = Process(tmp_path / "log", "saves_again_and_again", str(tmp_path / "ckpt")).join()
     assert code == 0, log
-    before, after = json.loads(log.splitlines()[-1])
-    assert after - before < 50e6, (before, after)
 
 
 @pytest.mark.parametrize("writing", [0, 0.5])
@@ -3007,16 +2895,12 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     """On a fast disk and on a slow one; each save blocks the training for 30 ms."""
     blocked, fsync, begin = [], os.fsync, ocp.CheckpointManager.save
 
-    def slow_fsync(file):
-        time.sleep(writing / 10)
-        fsync(file)
-
     def slow_save(*arguments, **options):
         blocked.append(0.03)
         time.sleep(0.03)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(os, "fsync", slow_fsync)
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(writing / 10) or fsync(file))
     monkeypatch.setattr(ocp.CheckpointManager, "save", slow_save)
     checkpoint = callback(model, tmp_path, None, save_freq="auto", verbose=1)
     start, pause = time.monotonic(), on(on_train_batch_begin=lambda batch, logs: time.sleep(0.01 + writing / 50))
@@ -3028,41 +2912,29 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
 
 
-def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path):
-    save(dense_model(), tmp_path / "1")
+def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path, model):
+    save(model, tmp_path / "1")
     (tmp_path / "3").mkdir()
     (tmp_path / "3/notes.txt").write_text("mine")
-    before = {place: contents(tmp_path / place) for place in ("1", "3")}
-    model = dense_model()
+    before = [contents(tmp_path / place) for place in ("1", "3")]
     fit(model, 2, callback(model, tmp_path, 1, save_freq=4))
     assert names(tmp_path) == ["1", "3", "8"]
-    with pytest.raises(CheckpointError, match="Saving step 9 .*/9 is in the way, and is not a checkpoint"):
-        (tmp_path / "3").rename(tmp_path / "9")
-        KerasOrbaxCheckpointManager(model, tmp_path).save_state(9)
-    (tmp_path / "9").rename(tmp_path / "3")
-    assert {place: contents(tmp_path / place) for place in ("1", "3")} == before
-
-
-def test_error_about_damage_calls_the_model_unchanged_only_where_it_is(tmp_path):
-    manager = save(model := dense_model(), tmp_path)
-    flip(data_file(tmp_path / "0"))  # found while reading
-    with unchanged(model, tmp_path), pytest.raises(CheckpointCorruptError, match="the model is as it was"):
-        manager.restore_state()
-    with pytest.raises(CheckpointCorruptError) as caught:
-        manager.restore_state(donate=True)
-    assert "as it was" not in str(caught.value)
+    assert [contents(tmp_path / place) for place in ("1", "3")] == before
+    (tmp_path / "3").rename(tmp_path / "9")
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    message = "Saving step 9 .*/9 is in the way, and is not a checkpoint"
+    with unchanged(model, tmp_path), pytest.raises(CheckpointError, match=message):
+        manager.save_state(9)
 
 
 def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
-    model = dense_model(metrics=["mae"])
-    checkpoint = callback(model, tmp_path)
-    logs = fit(model, 1, checkpoint).history
-    assert checkpoint.checkpoint_manager.metrics(0) == {name: values[0] for name, values in logs.items()}
+    manager = callback(model := dense_model(metrics=["mae"]), tmp_path).checkpoint_manager
+    logs = fit(model, 1, callback(model, tmp_path)).history
+    assert manager.metrics(0) == {name: values[0] for name, values in logs.items()}
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
-        checkpoint.checkpoint_manager.metrics(7)
+        manager.metrics(7)
     with pytest.raises(ValueError, match="They are: loss, mae. Check"):
-        manager = KerasOrbaxCheckpointManager(model, tmp_path / "other", monitor="val_nothing")
-        manager.save_state(0, metrics={"val_nothing": 1.0})
+        save(model, tmp_path / "other", losses=[1.0], metric="val_nothing", monitor="val_nothing")
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -3113,7 +2985,7 @@ def test_command_line_is_the_file_or_the_module_whatever_the_settings_are(traine
 
 def test_command_line_reads_checkpoints_of_others(tmp_path):
     fit(model := dense_model(), 1)
-    GuidesManager(model, tmp_path).save_state(3)
+    GuidesCallback(model, tmp_path).on_epoch_end(3)
     code, lines, _ = command_line(tmp_path, "--verify")
     row = re.split("  +", next(line for line in lines if line.startswith("3 ")))
     assert (code, row[:3]) == (0, ["3", "?", "?"])
@@ -3166,7 +3038,7 @@ def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
             orbax_keras_ckpt._unpack(packed)
 
 
-def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch):
+def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch, model):
     tree = orbax_keras_ckpt._tree
 
     def without_one(variables, values):
@@ -3175,10 +3047,8 @@ def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(t
         return made
 
     monkeypatch.setattr(orbax_keras_ckpt, "_tree", without_one)
-    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path)
-    manager.save_state(0)
     with pytest.raises(CheckpointError, match="Saving step 0 .* has failed"):
-        manager.wait_until_finished()
+        save(model, tmp_path)
     assert names(tmp_path) == []
 
 
@@ -3263,10 +3133,10 @@ def test_readme_names_the_line_without_which_keras_asks_for_tensorflow(tmp_path)
 @pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
 def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path):
     assert "from the guide's version, import the same names from `orbax_keras_ckpt`" in README
-    calls = ['OrbaxCheckpointCallback(model, "/tmp/ckpt", 3)'] * 2
+    calls, steps = ['OrbaxCheckpointCallback(model, "/tmp/ckpt", 3, 10)'] * 2, ["10", "20", "30"]
     if "keras" in origin:
         skip_without_keras_callback()
-        calls = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups()
+        calls, steps = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups(), ["1", "2", "3"]
 
     def run(epochs, call="keras.callbacks.Callback()", imported=None):
         seed(8)
@@ -3279,6 +3149,7 @@ def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin
     history, found = run(4, calls[1], OrbaxCheckpointCallback)
     assert history.epoch == [2, 3] and history.history["loss"] == reference.history["loss"][2:]
     assert_equal(found, expected)
+    assert names(tmp_path / "ckpt") == steps
 
 
 def test_readme_recipe_of_the_best_checkpoint_and_early_stopping(tmp_path):
@@ -3465,15 +3336,15 @@ def last_line(directory):
 
 
 def saves_again_and_again(directory):
-    """A hundred saves of 50 MB; prints the memory of the process after thirty and in the end."""
+    """A hundred saves of 50 MB: the memory of the process after thirty of them and in the end."""
     model = compiled(keras.Sequential([keras.Input((2048,)), layers.Dense(2048)]))
     manager, memory = KerasOrbaxCheckpointManager(model, directory, 1), []
-    for epoch in range(100):
-        manager.save_state(epoch)
-        if epoch in (29, 99):
-            manager.wait_until_finished()
-            memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
-    print(json.dumps(memory))
+    for epochs in (range(30), range(30, 100)):
+        for epoch in epochs:
+            manager.save_state(epoch)
+        manager.wait_until_finished()
+        memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert memory[1] - memory[0] < 50e6, memory
 
 
 def goes_on(directory, stop):
@@ -3529,7 +3400,7 @@ def bucket_cycle(directory):
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
     assert not is_intact(directory)
-    with pytest.warns(UserWarning, match="(?s)Step 2 is restored.*Digest mismatch"):
+    with pytest.warns(UserWarning, match="(?s)Step 2 is restored.*DATA_LOSS"):
         assert_same_end(attempt(directory, **options)[1], expected)
     assert entries() == ["1", "2", "3", "3.damaged"]
     assert_equal(values(load_model(directory)), expected[0])
