@@ -209,7 +209,9 @@ def trained(tmp_path_factory):
     return model, directory
 
 
-def copy_of(trained, tmp_path):
+@pytest.fixture
+def directory(trained, tmp_path):
+    """A copy of that directory."""
     return shutil.copytree(trained[1], tmp_path / "copy")
 
 
@@ -562,11 +564,12 @@ def rude(hook, action, batch):
 
 
 def stopping_and_others():
-    best = os.path.join(tempfile.mkdtemp(), "best.keras")
+    best, options = (
+        os.path.join(tempfile.mkdtemp(), "best.keras"),
+        {"restore_best_weights": True, "start_from_epoch": 2},
+    )
     return [
-        keras.callbacks.EarlyStopping(
-            "val_loss", min_delta=1.0, patience=4, restore_best_weights=True, start_from_epoch=2
-        ),
+        keras.callbacks.EarlyStopping("val_loss", min_delta=1.0, patience=4, **options),
         keras.callbacks.ReduceLROnPlateau("val_loss", min_delta=0.4, patience=1),
         keras.callbacks.ModelCheckpoint(best, "val_loss", save_best_only=True),
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.95),
@@ -668,20 +671,22 @@ def run_to_its_end(work, places=(), **options):
 
 # ------------------------------------------------------------------------------------------- P1: same script, again
 
-FIRST = [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")]
-# In training, in validation, right before the batches that a resume skips, and again while it is handled.
-TERMINATED = [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")]
+PLACES = {
+    "killed": [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")],
+    # In training, in validation, right before the batches that a resume skips, and again while it is handled.
+    "terminated": [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")],
+}
 KILLED = [  # data, save_freq, steps_per_execution, where it is left, the steps that are there in the end
-    ("shuffled", "epoch", 1, FIRST, [0, 1, 2]),
-    ("dataset", 3, 1, FIRST, None),
-    ("half a pass", 3, 2, FIRST, None),
-    ("stream", "time", 1, FIRST, None),
-    ("grain", "epoch", 1, FIRST, None),
-    ("grain iterator", 3, 1, FIRST, None),
-    ("torch", 3, 2, FIRST, None),
-    ("torchdata", 3, 1, FIRST, None),
-    ("shuffled", "epoch", 1, TERMINATED, [0, 1, 2]),
-    ("shuffled", 3, 1, TERMINATED, [14, 15, 18, 19, 21]),
+    ("shuffled", "epoch", 1, "killed", [0, 1, 2]),
+    ("dataset", 3, 1, "killed", None),
+    ("half a pass", 3, 2, "killed", None),
+    ("stream", "time", 1, "killed", None),
+    ("grain", "epoch", 1, "killed", None),
+    ("grain iterator", 3, 1, "killed", None),
+    ("torch", 3, 2, "killed", None),
+    ("torchdata", 3, 1, "killed", None),
+    ("shuffled", "epoch", 1, "terminated", [0, 1, 2]),
+    ("shuffled", 3, 1, "terminated", [14, 15, 18, 19, 21]),
 ]
 
 
@@ -697,9 +702,9 @@ def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data,
     """P8 as well: SIGTERM saves within one batch and ends with its exit code."""
     skip_where_missing(data)
     script = {"data": data, "calls": calls}
-    end, logs = run_to_its_end(tmp_path, places, freq=freq, **script)
+    end, logs = run_to_its_end(tmp_path, PLACES[places], freq=freq, **script)
     assert all("Load Orbax checkpoint on_train_begin.\nContinue with epoch" in log for log in logs[1:])
-    for place, log, later in zip(places, logs, logs[1:]):
+    for place, log, later in zip(PLACES[places], logs, logs[1:]):
         if "SIGKILL" not in place:
             assert "Stop on SIGTERM: the run is saved. The same script continues it." in log
             assert place[1] != "train" or ", after batch " in later
@@ -708,9 +713,8 @@ def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data,
     assert found == (kept or found)
 
 
-def test_finished_run_says_so_and_loads_the_final_state(trained, tmp_path, capsys):
+def test_finished_run_says_so_and_loads_the_final_state(trained, directory, capsys, model):
     reference, _ = trained
-    directory, model = copy_of(trained, tmp_path), dense_model()
     before = contents(directory)
     for epochs, message in ((3, "3 of 3 epochs are done"), (2, "3 epochs are done, more than epochs=2")):
         history = fit(model, epochs, callback(model, directory, verbose=1))
@@ -1161,10 +1165,10 @@ class Node:
     """A file or folder: as it is, and as it is on the disk for certain."""
 
     def __init__(self, path=None, content=None):
-        if path:
-            content = (
-                {each.name: Node(each) for each in path.iterdir()} if path.is_dir() else bytearray(path.read_bytes())
-            )
+        if path and path.is_dir():
+            content = {each.name: Node(each) for each in path.iterdir()}
+        elif path:
+            content = bytearray(path.read_bytes())
         self.content = content
         self.flush()
 
@@ -1341,8 +1345,7 @@ def test_snapshot_inside_an_epoch_has_its_number_and_is_found_until_the_complete
     assert names(tmp_path) == ["2"]
 
 
-def test_what_killed_saves_and_deletions_have_left_goes_with_the_next_commit_at_or_above_it(trained, tmp_path):
-    directory = copy_of(trained, tmp_path)
+def test_what_killed_saves_and_deletions_have_left_goes_with_the_next_commit_at_or_above_it(directory):
     for name in ("2.{}-7", "3.{}", "3.{}-written", "9.{}"):
         shutil.copytree(directory / "2", directory / name.format("orbax-checkpoint-tmp"))
     (directory / "0/_CHECKPOINT_METADATA").unlink()  # a deletion that was killed
@@ -1839,8 +1842,7 @@ def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path, mod
 # -------------------------------------------------------------------------------------- P6: no silent wrong restore
 
 
-def test_one_error_lists_every_difference_those_of_weights_before_those_of_the_optimizer(trained, tmp_path):
-    directory = copy_of(trained, tmp_path)
+def test_one_error_lists_every_difference_those_of_weights_before_those_of_the_optimizer(directory):
     model = stacked(layers.Dense(5), layers.Dense(1), layers.Dense(2, name="extra"))
     with unchanged(model, directory), pytest.raises(CheckpointMismatchError) as raised:
         fit(model, 5, callback(model, directory, stateful=[STOPPING]))
@@ -2014,8 +2016,7 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     assert_equal(values(model), values(reference))
 
 
-def test_damage_of_all_steps_of_two_of_them_and_of_one_more_later(trained, tmp_path, model):
-    directory = copy_of(trained, tmp_path)
+def test_damage_of_all_steps_of_two_of_them_and_of_one_more_later(directory, model):
     manager = KerasOrbaxCheckpointManager(model, directory)
     for step in range(3):
         garble(data_file(directory / str(step)))
@@ -2151,7 +2152,7 @@ def test_files_of_two_saves_are_never_mixed(tmp_path):
 
 # -------------------------------------------------------------------------------------------------- P8: preemption
 
-# Whole runs that SIGTERM ends are TERMINATED, in P1, and SCENARIOS, in P2.
+# Whole runs that SIGTERM ends are in the tables KILLED, of P1, and SCENARIOS, of P2.
 
 
 def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called_even_beside_an_error(tmp_path, model):
@@ -2191,10 +2192,8 @@ def run_together(work, scenario, *arguments, expected=0, processes=2, devices=2,
     """Runs a scenario in processes together, of so many CPU devices each. What each printed."""
     work.mkdir(exist_ok=True)
     group = processes, devices, f"127.0.0.1:{free_port()}", scenario, str(work)
-    members = [
-        Process(work / f"process_{process}.log", "among", process, *group, *arguments, **options)
-        for process in range(processes)
-    ]
+    logs = [work / f"process_{number}.log" for number in range(processes)]
+    members = [Process(log, "among", number, *group, *arguments, **options) for number, log in enumerate(logs)]
     codes, logs = zip(*(member.join() for member in members))
     assert set(codes) == {expected} or (expected is None and 0 not in codes), "\n".join([str(codes), *logs])
     return logs
@@ -2365,7 +2364,8 @@ def fitting(epochs=5, **options):
     return lambda model, directory: fit(model, epochs, callback(model, directory, **options))
 
 
-MISMATCH = CheckpointMismatchError
+MISMATCH, TAKES_ONE = CheckpointMismatchError, "fit takes one OrbaxCheckpointCallback"
+NO_BEST = "No checkpoint in .* is known as the best one"
 ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment of a ValueError
     "max_to_keep": {0: "max_to_keep=0: give", True: "max_to_keep=True", 2.5: "max_to_keep=2.5"},
     "steps_per_epoch": {0: "steps_per_epoch=0: give", None: "steps_per_epoch=None"},
@@ -2441,9 +2441,7 @@ REFUSED = {
     "dots, fit": (dotted, fitting(), ValueError, "differs only in '.' and '/'"),
     "dots, save": (dotted, saving(3), ValueError, "differs only in '.' and '/'"),
     "path within": (lambda: stacked(Given(alike, name="a")), saving(3), ValueError, "have the path '.*a/x'"),
-    "other model": (
-        dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "the model that you fit"
-    ),
+    "other model": (dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "model that you fit"),
     **{
         f"epoch {each!r}": (dense_model, saving(each), ValueError, f"epoch={each!r}")
         for each in (-1, True, 1.5, "1", None)
@@ -2451,35 +2449,24 @@ REFUSED = {
     **{f"step {each}": (dense_model, saving(each), ValueError, f"Step {each} is not above 2") for each in range(3)},
     "next step": (dense_model, fitting(4), ValueError, "step 3, which is not above 200", of_other_numbering),
     "absent": (dense_model, lambda *at: restore(*at, 7), FileNotFoundError, r"no checkpoint of step 7 .*\[0, 1, 2\]"),
-    "absent to load": (
-        dense_model, lambda m, d: load_model(d, 7), FileNotFoundError, r"no checkpoint of step 7 in .*\[0, 1, 2\]"
-    ),
-    "two callbacks": (
-        dense_model, lambda m, d: fit(m, 5, callback(m, d), callback(m, d.with_name("b"))),
-        ValueError, "fit takes one OrbaxCheckpointCallback",
-    ),
-    "one callback twice": (
-        dense_model, lambda m, d: fit(m, 5, *[callback(m, d)] * 2), ValueError, "fit takes one OrbaxCheckpointCallback"
-    ),
+    "absent to load": (dense_model, lambda m, d: load_model(d, 7), FileNotFoundError, r"of step 7 .*\[0, 1, 2\]"),
+    "two callbacks": (dense_model, lambda m, d: fit(m, 5, callback(m, d), callback(m, f"{d}b")), ValueError, TAKES_ONE),
+    "one callback twice": (dense_model, lambda m, d: fit(m, 5, *[callback(m, d)] * 2), ValueError, TAKES_ONE),
     "later format": (dense_model, restore, CheckpointError, "has format 99.*reads format 1", of_later_format),
     "other shape": (lambda: dense_model(5), restore, MISMATCH, r"saved as \(6, 400\)"),
     "other shape in fit": (lambda: dense_model(5), fitting(), MISMATCH, r"saved as \(6, 400\)"),
     "other dtype": (lambda: with_policy("bfloat16"), restore, MISMATCH, "saved as float32"),
     "other optimizer": (lambda: dense_model(optimizer="sgd"), restore, MISMATCH, "adam"),
-    "no best step": (
-        dense_model, lambda m, d: restore(m, d, "best"), CheckpointError, "No checkpoint in .* is known as the best one"
-    ),
-    "no best step to load": (
-        dense_model, lambda m, d: load_model(d, "best"), CheckpointError, "No checkpoint in .* is known as the best one"
-    ),
+    "no best step": (dense_model, lambda m, d: restore(m, d, "best"), CheckpointError, NO_BEST),
+    "no best step to load": (dense_model, lambda m, d: load_model(d, "best"), CheckpointError, NO_BEST),
     "no direction": (dense_model, fitting(monitor="mystery"), ValueError, 'mode="max" or mode="min"'),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusal_says_why_and_leaves_everything_as_it_was(case, trained, tmp_path):
+def test_refusal_says_why_and_leaves_everything_as_it_was(case, directory):
     build, action, error, message, *changes = REFUSED[case]
-    directory, model, before = copy_of(trained, tmp_path), build(), handlers()
+    model, before = build(), handlers()
     for change in changes:
         change(directory)
     with unchanged(model, directory), pytest.raises(error, match=message):
@@ -3179,11 +3166,10 @@ def test_readme_recipe_of_an_iterator_continues_where_it_was(tmp_path):
 
 def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
     change = ("KerasOrbax", "model.compile(keras.optimizers.SGD(0.01), 'mse')\nKerasOrbax")
-    before = []
-    for _ in range(2):
-        names = recipe("Fine-tuning", tmp_path, change)
-        before.append(contents(tmp_path / "my_run"))
-    assert before[0] == before[1]
+    recipe("Fine-tuning", tmp_path, change)
+    before = contents(tmp_path / "my_run")
+    names = recipe("Fine-tuning", tmp_path, change)
+    assert contents(tmp_path / "my_run") == before
     assert isinstance(load_model(tmp_path / "fine_tuned").optimizer, keras.optimizers.SGD)
     start = load_model(tmp_path / "my_run")
     assert names["model"].history.epoch == [0, 1, 2, 3, 4]
