@@ -741,6 +741,9 @@ def test_second_fit_continues_and_leaves_alone_a_model_that_is_at_the_newest_che
     fit(model, 6, checkpoint, begin)
     assert model.optimizer is optimizer and seen[0][0] == 5 and float(optimizer.learning_rate.value) == 0.25
     assert_equal(seen[0][1], weights)
+    loaded = load_model(tmp_path)  # is described anew
+    assert float(loaded.optimizer.learning_rate) == 0.25
+    assert_equal(values(loaded), values(model))
     model.set_weights([weight * 0 for weight in model.get_weights()])  # elsewhere: the checkpoint is put back
     fit(model, 7, checkpoint, begin)
     assert any(weight.any() for weight in seen[-1][1])
@@ -1306,17 +1309,20 @@ def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_th
     assert load_model(tmp_path).optimizer is not None
 
 
-@pytest.mark.parametrize(
-    "name", ["run[1]", "layers=[64,32]", "*", "a?b", "{x}", "#1", "%41", "a b", "Schritt ü", "line\nbreak"]
-)
-def test_directories_may_have_any_name(name, tmp_path):
-    model, directory = dense_model(), tmp_path / name
-    save(model, directory, 0, 1, 2)
-    assert ocp.StandardCheckpointer().restore(directory / "2/default")
-    assert restore(model, directory) == 2
-    save(model, directory, 3, max_to_keep=2)
-    assert names(directory) == ["2", "3"]
-    assert_equal(values(load_model(directory)), values(model))
+ODD_NAMES = ["run[1]", "layers=[64,32]", "*", "a?b", "{x}", "#1", "%41", "a b", "Schritt ü", "line\nbreak"]
+
+
+@pytest.mark.parametrize("given", [*ODD_NAMES, "relative/dir", "~/ckpt", pathlib.Path("path")])
+def test_directories_may_have_any_name_and_be_relative_or_home_or_pathlib(given, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    place = pathlib.Path(given).expanduser().absolute()
+    save(model, given, 0, 1, 2)
+    assert ocp.StandardCheckpointer().restore(place / "2/default")
+    assert restore(model, place) == restore(model, given) == 2
+    save(model, place, 3, max_to_keep=2)
+    assert names(place) == ["2", "3"]
+    assert_equal(values(load_model(given)), values(model))
 
 
 def test_snapshot_inside_an_epoch_has_its_number_and_is_found_until_the_complete_one_has_replaced_it(tmp_path):
@@ -2715,14 +2721,6 @@ def test_load_model_takes_any_step_however_it_is_named(trained, tmp_path, model)
         assert is_intact(tmp_path / str(number))
 
 
-def test_model_compiled_anew_between_saves_is_described_anew(tmp_path, model):
-    manager = save(model, tmp_path)
-    compiled(model, keras.optimizers.SGD(0.25))
-    commit(manager, 1)
-    assert float(load_model(tmp_path).optimizer.learning_rate) == 0.25
-    assert_equal(values(load_model(tmp_path)), values(model))
-
-
 class NoConfig(Subclassed):
     def get_config(self):
         raise NotImplementedError("no config here")
@@ -2783,14 +2781,6 @@ def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, 
     model.fit(X, Y, epochs=6, verbose=1, callbacks=[callback(model, tmp_path, verbose=1)])
     assert saved in capsys.readouterr().out.splitlines()  # not in the progress bar
     assert lines(7) == []
-
-
-def test_paths_may_be_relative_or_home_or_pathlib(tmp_path, monkeypatch, model):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for given, place in (("relative/dir", "relative/dir"), ("~/ckpt", "home/ckpt"), (pathlib.Path("path"), "path")):
-        save(model, given)
-        assert (tmp_path / place / "0" / "default").is_dir()
 
 
 def test_empty_and_missing_directories_change_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
