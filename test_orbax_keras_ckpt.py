@@ -1033,7 +1033,7 @@ def test_history_is_as_keras_leaves_it_with_logs_of_every_kind(tmp_path):
         model, own = dense_model(), keras.callbacks.History()
         update = on(on_epoch_end=lambda epoch, logs: logs.update(odd))
         histories.append(fit(model, epochs, update, own, callback(model, tmp_path)).history)
-        assert own.epoch == list(range(epochs)) and pickle.loads(pickle.dumps(own.history)).keys() == own.history.keys()
+        assert own.epoch == list(range(epochs)) and len(pickle.loads(pickle.dumps(own.history))["loss"]) == epochs
         assert set(vars(own)) == {"history", "epoch", "_model", "params"}
     recorded = record_of(tmp_path / "1")["metrics"].keys()
     assert recorded >= {"loss", "number", "numpy", "7"} and not recorded & {"ragged", "none", "text", "when", "object"}
@@ -1146,8 +1146,7 @@ def test_kills_at_random_instants_always_leave_a_restorable_checkpoint(freq, tmp
         os.kill(process.process.pid, signal.SIGTERM if freq == "epoch" and kill % 2 else signal.SIGKILL)
         process.join()
         (tmp_path / "started").unlink(missing_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             found = restore(model, tmp_path / "ckpt")
         assert found is not None or not committed
         committed = found is not None
@@ -1260,8 +1259,7 @@ class Capture(keras.callbacks.Callback):
 
 def restored_number(model, directory):
     """How many batches the newest state that can be restored has behind it; None if there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         if KerasOrbaxCheckpointManager(model, directory, read_only=True).restore_state() is None:
             return None
     number = int(model.optimizer.iterations.value)
@@ -1493,10 +1491,10 @@ class Keeper:
 
 
 def keep(directory, state=None):
-    """Saves a state, or brings back the one that was saved."""
+    """Saves a state, or brings back the one that was saved. The values of the model, and the state."""
     model, keeper = dense_model(), Keeper(state)
     fit(model, 1, callback(model, directory, stateful=[keeper]))
-    return keeper.state
+    return values(model), keeper.state
 
 
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path):
@@ -1504,7 +1502,7 @@ def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_mak
     small = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
     for name, state in (("many", many), ("small", small)):
         keep(tmp_path / name, state)
-        assert_same(keep(tmp_path / name), state)
+        assert_same(keep(tmp_path / name)[1], state)
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
 
 
@@ -1952,14 +1950,6 @@ def garble(path):
     path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
 
 
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path):
-    os.truncate(path, 0)
-
-
 def half_copied(step):
     """As a copy leaves it that was interrupted: some files are there."""
     there = sorted(path for path in step.rglob("*") if path.is_file())
@@ -1974,14 +1964,17 @@ def edit_record(step, old, new):
     path.write_text(text.replace(old, new))
 
 
+SPOILS = {
+    "removed": remove,
+    "empty": lambda path: os.truncate(path, 0),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "garbled": garble,
+}
+PARTS = ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt")
 DAMAGES = {
     "flipped bit": lambda step: flip(data_file(step)),
-    **{
-        f"{name} {how.__name__}": lambda step, name=name, how=how: how(step / name)
-        for how in (remove, empty, truncate, garble)
-        for name in ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt")
-    },
-    **{f"data {how.__name__}": lambda step, how=how: how(data_file(step)) for how in (remove, empty, truncate, garble)},
+    **{f"{name} {how}": lambda step, name=name, how=how: SPOILS[how](step / name) for how in SPOILS for name in PARTS},
+    **{f"data {how}": lambda step, how=how: SPOILS[how](data_file(step)) for how in SPOILS},
     "default removed": lambda step: remove(step / "default"),
     "all files removed": lambda step: [remove(path) for path in step.iterdir()],
     "half copied": half_copied,
@@ -2105,7 +2098,7 @@ def test_flipped_bits_of_what_belongs_to_objects_are_found(tmp_path):
     keep(tmp_path, own)
     for _ in flips(files(tmp_path / "0/run"), 5, 40):
         try:
-            assert_equal(keep(tmp_path), own)
+            assert_equal(keep(tmp_path)[1], own)
         except CheckpointCorruptError:
             found += 1
     assert found > 13
@@ -2120,8 +2113,7 @@ def test_one_bad_byte_in_any_file_of_any_step_leaves_the_others_usable(tmp_path)
     for file in [*files(original / "2"), *files(original / "0")]:
         shutil.copytree(original, directory)
         flip(directory / file.relative_to(original), 8 * (file.stat().st_size // 2) + 7)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             manager = KerasOrbaxCheckpointManager(model, directory, None, monitor="loss")
             assert manager.restore_state() in (1, 2)
             assert commit(manager, 3, losses=[1.0]).best_step() is not None
@@ -2131,29 +2123,23 @@ def test_one_bad_byte_in_any_file_of_any_step_leaves_the_others_usable(tmp_path)
 
 
 def test_files_of_two_saves_are_never_mixed(tmp_path):
+    saved, there, mixed = [], tmp_path / "1/0", tmp_path / "mixed"
     for number in (0, 1):
         keras.utils.clear_session()  # the same names
-        keep(tmp_path / str(number), [np.full(100_000, number)])
-    there, mixed, expected = tmp_path / "1/0", tmp_path / "mixed", values(load_model(tmp_path / "0"))
-
-    def read():
-        keras.utils.clear_session()
-        model, keeper = dense_model(), Keeper()
-        fit(model, 1, callback(model, mixed, stateful=[keeper]))
-        return values(model), keeper.state
-
+        saved.append(keep(tmp_path / str(number), [np.full(100_000, number)]))
     for file in files(there):
         shutil.copytree(tmp_path / "0", mixed)
         shutil.copy(file, mixed / "0" / file.relative_to(there))  # one file of another save
+        keras.utils.clear_session()
         with contextlib.suppress(CheckpointCorruptError):  # or else it was a file that is not used, or is the same
-            found, state = read()
-            assert_equal(found, expected)
-            assert state[0].max() == 0
+            found, state = keep(mixed)
+            assert_equal(found + state, saved[0][0] + saved[0][1])
         shutil.rmtree(mixed)
     shutil.copytree(tmp_path / "0", mixed)
     shutil.copytree(there / "default", mixed / "0/default", dirs_exist_ok=True)  # as rsync over an older copy
+    keras.utils.clear_session()
     with pytest.raises(CheckpointCorruptError, match="files of two saves are mixed|NOT_FOUND"):
-        read()
+        keep(mixed)
 
 
 # -------------------------------------------------------------------------------------------------- P8: preemption
@@ -2568,7 +2554,7 @@ def test_layers_frozen_or_thawed_since_are_restored_by_path(then, now, tmp_path)
 
 
 class GuidesCallback(keras.callbacks.Callback):
-    """Saves as the guide does."""
+    """Saves as the guide does: see also what the README says of moving over."""
 
     def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1):
         super().__init__()
@@ -3097,14 +3083,11 @@ def test_readme_example_trains_once_and_then_says_that_nothing_is_left(tmp_path)
     listed = run_readme([command[0], HERE / command[1], *command[2:]], tmp_path).stdout
     assert re.findall(r"(?m)^(\d+) +\d+ +end ", listed) == ["7", "8", "9"]
     assert listed.endswith("All arrays are intact.\n")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
-def test_readme_names_the_line_without_which_keras_asks_for_tensorflow(tmp_path):
-    line = EXAMPLE.splitlines()[1]
+    line = EXAMPLE.splitlines()[1]  # without which Keras asks for TensorFlow
     assert line.startswith('os.environ["KERAS_BACKEND"] = "jax"') and "TensorFlow" in line
     (tmp_path / "train.py").write_text(EXAMPLE.replace(line, ""))
-    assert "No module named 'tensorflow'" in run_readme([sys.executable, "train.py"], tmp_path).stderr
+    if not importlib.util.find_spec("tensorflow"):
+        assert "No module named 'tensorflow'" in run_readme([sys.executable, "train.py"], tmp_path).stderr
 
 
 @pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
