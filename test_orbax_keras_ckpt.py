@@ -30,7 +30,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import urllib.request
 import warnings
 import zlib
@@ -73,10 +72,8 @@ pytestmark = [
     # Where one of Orbax's reads fails, the others end in a closed event loop.
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
 ]
-KERASHUB = pytest.mark.skipif(
-    not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow, which is gigabytes"
-)
 STRACE = pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls are seen")
+HOWS = ("killed", "names", "deleted", "contents")  # see Node.tree
 
 # --------------------------------------------------------------------------------------------- models and files
 
@@ -107,13 +104,17 @@ def fit(model, epochs, *callbacks, x=X, **kwargs):
     return model.fit(x, Y, epochs=epochs, batch_size=16, verbose=0, callbacks=list(callbacks), **kwargs)
 
 
-def save(model, directory, *epochs, losses=(), **options):
-    """Saves the model after each of the epochs, and waits. Returns the manager."""
-    manager = KerasOrbaxCheckpointManager(model, directory, **options)
-    for epoch, loss in itertools.zip_longest(epochs or [0], losses):
-        assert manager.save_state(epoch, metrics=None if loss is None else {"loss": loss}) is True
+def commit(manager, *epochs, losses=(), metric="loss"):
+    """Saves after each of the epochs, and waits."""
+    for epoch, loss in itertools.zip_longest(epochs, losses):
+        assert manager.save_state(epoch, metrics=None if loss is None else {metric: loss}) is True
     manager.wait_until_finished()
     return manager
+
+
+def save(model, directory, *epochs, losses=(), metric="loss", **options):
+    manager = KerasOrbaxCheckpointManager(model, directory, **options)
+    return commit(manager, *(epochs or [0]), losses=losses, metric=metric)
 
 
 def restore(model, directory, step=None, **how):
@@ -122,10 +123,10 @@ def restore(model, directory, step=None, **how):
 
 def values(model, optimizer=True):
     """Every variable in the model's order, as numpy copies."""
-    if optimizer and model.built and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
-    variables = model.trainable_variables + model.non_trainable_variables
-    variables += model.optimizer.variables if optimizer else []
+    optimizer = optimizer and getattr(model, "optimizer", None)  # a model that was not compiled has none
+    if optimizer and model.built and not optimizer.built:
+        optimizer.build(model.trainable_variables)
+    variables = model.trainable_variables + model.non_trainable_variables + (optimizer.variables if optimizer else [])
     return [np.array(variable.value) for variable in variables]
 
 
@@ -162,6 +163,15 @@ def contents(directory):
     return {str(path): path.is_file() and path.read_bytes() for path in pathlib.Path(directory).rglob("*")}
 
 
+@contextlib.contextmanager
+def unchanged(model, directory):
+    """In the end model and directory are as they were."""
+    weights, there = values(model), contents(directory)
+    yield
+    assert_equal(values(model), weights)
+    assert contents(directory) == there
+
+
 def files(directory):
     return sorted(path for path in directory.rglob("*") if path.is_file() and path.stat().st_size)
 
@@ -186,6 +196,11 @@ def record_of(step):
     return json.loads((step / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]["orbax_keras_ckpt"]
 
 
+@pytest.fixture
+def model():
+    return dense_model()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A model of three epochs, and the directory where all three were saved."""
@@ -196,7 +211,9 @@ def trained(tmp_path_factory):
     return model, directory
 
 
-def copy_of(trained, tmp_path):
+@pytest.fixture
+def directory(trained, tmp_path):
+    """A copy of that directory."""
     return shutil.copytree(trained[1], tmp_path / "copy")
 
 
@@ -300,9 +317,9 @@ def redirected(log, scenario, arguments, options):
         raise SystemExit(1) from None
 
 
-def script(*arguments, check=True, **kwargs):
+def script(*arguments, prefix=(), check=True, **kwargs):
     """Runs this file as a program of its own."""
-    command = [sys.executable, __file__, *map(str, arguments)]
+    command = [*prefix, sys.executable, __file__, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
@@ -356,27 +373,29 @@ class At(keras.callbacks.Callback):
         self.reach("ends")
 
 
-def leave(model, directory, place, epochs=3, **options):
+def leave(model, directory, place, how=None, **options):
     """A run that SIGTERM ends at `place`."""
     with pytest.raises(SystemExit):
-        fit(model, epochs, callback(model, directory, **options), At(place))
+        fit(model, 3, callback(model, directory, **options), At(place), **(how or {}))
 
 
 BATCHES = 7  # an epoch, of six samples each
 SIZE = 6 * BATCHES
+STOPPING = keras.callbacks.EarlyStopping("loss")
 
 
 class Dataset(keras.utils.PyDataset):
     """Shuffles its index between epochs, by each of the usual ways, or augments its batches."""
 
-    def __init__(self, how, batches=BATCHES, size=6, **kwargs):
+    def __init__(self, how, batches=BATCHES, size=6, given=None, **kwargs):
         super().__init__(**kwargs)
         self.how, self.batches, self.size, self.x, self.y = how, batches, size, X, Y
+        self.given = given or batches  # if it gives a part of itself, the order decides what is seen
         self.index, self.rng = np.arange(size * batches) % 64, np.random.default_rng(5)
         self.rows = [(int(i), "row") for i in self.index]
 
     def __len__(self):
-        return self.batches
+        return self.given
 
     def __getitem__(self, batch):
         part = slice(self.size * batch, self.size * (batch + 1))
@@ -419,13 +438,6 @@ class Plain(Dataset):
 
     on_epoch_end = keras.utils.PyDataset.on_epoch_end
     on_epoch_begin = keras.utils.PyDataset.on_epoch_begin
-
-
-class Half(Dataset):
-    """Gives a part of itself: the order decides what is seen."""
-
-    def __len__(self):
-        return 3
 
 
 def arrays(size=SIZE, **arguments):
@@ -474,6 +486,7 @@ def tokens(backbone):
 DATA = {  # arguments of fit
     "shuffled": arrays(),
     "in order": arrays(shuffle=False),
+    "with a number that is none": arrays(shuffle=False, y=np.where(np.arange(SIZE)[:, None] == 20, np.nan, Y[:SIZE])),
     "shuffled by batches": arrays(shuffle="batch"),
     "part of a pass": arrays(60, steps_per_epoch=4),
     "half a pass": arrays(48, steps_per_epoch=4),
@@ -553,11 +566,12 @@ def rude(hook, action, batch):
 
 
 def stopping_and_others():
-    best = os.path.join(tempfile.mkdtemp(), "best.keras")
+    best, options = (
+        os.path.join(tempfile.mkdtemp(), "best.keras"),
+        {"restore_best_weights": True, "start_from_epoch": 2},
+    )
     return [
-        keras.callbacks.EarlyStopping(
-            "val_loss", min_delta=1.0, patience=4, restore_best_weights=True, start_from_epoch=2
-        ),
+        keras.callbacks.EarlyStopping("val_loss", min_delta=1.0, patience=4, **options),
         keras.callbacks.ReduceLROnPlateau("val_loss", min_delta=0.4, patience=1),
         keras.callbacks.ModelCheckpoint(best, "val_loss", save_best_only=True),
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.95),
@@ -572,8 +586,8 @@ CALLBACKS = {
     "averages between epochs": lambda: [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
     "stopping and others": stopping_and_others,
     "capture": lambda: [Capture()],
+    "terminate": lambda: [keras.callbacks.TerminateOnNaN()],
 }
-FREQS = {"time": datetime.timedelta(microseconds=1)}
 
 
 class Left(Exception):
@@ -597,8 +611,8 @@ def attempt(directory=None, place=None, *, data="shuffled", callbacks="none", fr
 
     if directory:
         members = others * stateful + [arguments["x"]] * isinstance(arguments["x"], Own)
-        options = {"save_freq": FREQS.get(freq, freq), "stateful": members, "verbose": 1}
-        checkpoint = callback(model, directory, max_to_keep, **options)
+        freq = datetime.timedelta(microseconds=1) if freq == "time" else freq
+        checkpoint = callback(model, directory, max_to_keep, save_freq=freq, stateful=members, verbose=1)
     if data in ("grain iterator", "torchdata"):
         batches = arguments["x"]
         arguments["x"] = checkpoint.resumable(batches) if checkpoint else over_and_over(lambda: batches)
@@ -609,7 +623,7 @@ def attempt(directory=None, place=None, *, data="shuffled", callbacks="none", fr
         started = pathlib.Path(directory).with_name("started")
         every.append(on(on_train_batch_begin=lambda batch, logs: time.sleep(pause)))
         every.append(on(on_train_batch_end=lambda batch, logs: started.touch()))
-    held_out = {"validation_data": Half("in place")} if is_held_out_shuffled else {}
+    held_out = {"validation_data": Dataset("in place", given=3)} if is_held_out_shuffled else {}
     if not held_out and not data.startswith("kerashub"):
         held_out = {"validation_data": (X[40:], Y[40:]), "validation_batch_size": 8}
     try:
@@ -630,7 +644,7 @@ def uninterrupted(**options):
 
 def assert_same_end(end, expected):
     assert_equal(end[0], expected[0])
-    assert end[1:] == expected[1:]
+    assert repr(end[1:]) == repr(expected[1:])  # NaN, too, is then equal to itself
 
 
 def assert_exact(directory, places, freq="epoch", stateful=False, position=0, **script):
@@ -659,15 +673,22 @@ def run_to_its_end(work, places=(), **options):
 
 # ------------------------------------------------------------------------------------------- P1: same script, again
 
-KILLED = [
-    ("shuffled", "epoch", 1),
-    ("dataset", 3, 1),
-    ("half a pass", 3, 2),
-    ("stream", "time", 1),
-    ("grain", "epoch", 1),
-    ("grain iterator", 3, 1),
-    ("torch", 3, 2),
-    ("torchdata", 3, 1),
+PLACES = {
+    "killed": [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")],
+    # In training, in validation, right before the batches that a resume skips, and again while it is handled.
+    "terminated": [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")],
+}
+KILLED = [  # data, save_freq, steps_per_execution, where it is left, the steps that are there in the end
+    ("shuffled", "epoch", 1, "killed", [0, 1, 2]),
+    ("dataset", 3, 1, "killed", None),
+    ("half a pass", 3, 2, "killed", None),
+    ("stream", "time", 1, "killed", None),
+    ("grain", "epoch", 1, "killed", None),
+    ("grain iterator", 3, 1, "killed", None),
+    ("torch", 3, 2, "killed", None),
+    ("torchdata", 3, 1, "killed", None),
+    ("shuffled", "epoch", 1, "terminated", [0, 1, 2]),
+    ("shuffled", 3, 1, "terminated", [14, 15, 18, 19, 21]),
 ]
 
 
@@ -678,20 +699,24 @@ def skip_where_missing(data):
         pytest.skip("it is gigabytes")
 
 
-@pytest.mark.parametrize(("data", "freq", "calls"), KILLED, ids=str)
-def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data, freq, calls, tmp_path):
+@pytest.mark.parametrize(("data", "freq", "calls", "places", "kept"), KILLED, ids=str)
+def test_killed_script_that_is_run_again_ends_as_if_it_had_not_been_killed(data, freq, calls, places, kept, tmp_path):
+    """P8 as well: SIGTERM saves within one batch and ends with its exit code."""
     skip_where_missing(data)
     script = {"data": data, "calls": calls}
-    places = [(1, "train", 2, "SIGKILL"), (2, "train", 2, "SIGTERM")]
-    end, logs = run_to_its_end(tmp_path, places, freq=freq, **script)
+    end, logs = run_to_its_end(tmp_path, PLACES[places], freq=freq, **script)
     assert all("Load Orbax checkpoint on_train_begin.\nContinue with epoch" in log for log in logs[1:])
-    assert ", after batch " in logs[2] and "Stop on SIGTERM: the run is saved." in logs[1]
+    for place, log, later in zip(PLACES[places], logs, logs[1:]):
+        if "SIGKILL" not in place:
+            assert "Stop on SIGTERM: the run is saved. The same script continues it." in log
+            assert place[1] != "train" or ", after batch " in later
     assert_same_end(end, uninterrupted(**script)[1])
+    found = sorted(int(name) for name in names(tmp_path / "ckpt"))  # numbers: nothing else is left
+    assert found == (kept or found)
 
 
-def test_finished_run_says_so_and_loads_the_final_state(trained, tmp_path, capsys):
+def test_finished_run_says_so_and_loads_the_final_state(trained, directory, capsys, model):
     reference, _ = trained
-    directory, model = copy_of(trained, tmp_path), dense_model()
     before = contents(directory)
     for epochs, message in ((3, "3 of 3 epochs are done"), (2, "3 epochs are done, more than epochs=2")):
         history = fit(model, epochs, callback(model, directory, verbose=1))
@@ -701,40 +726,28 @@ def test_finished_run_says_so_and_loads_the_final_state(trained, tmp_path, capsy
     assert contents(directory) == before
 
 
-def test_finished_run_with_moving_averages_ends_with_the_averages_again(tmp_path):
-    model = MODELS["moving average"]()
-    fit(model, 2, callback(model, tmp_path))
-    again = MODELS["moving average"]()
-    fit(again, 2, callback(again, tmp_path))
-    assert_equal(values(again), values(model))
-
-
-def test_second_fit_with_more_epochs_continues(tmp_path):
+def test_second_fit_continues_and_leaves_alone_a_model_that_is_at_the_newest_checkpoint(tmp_path):
     seed(5)
-    reference = dense_model()
-    expected = fit(reference, 5)
+    expected = fit(reference := dense_model(), 5)
     seed(5)
-    model = dense_model()
+    model, seen = dense_model(), []
     checkpoint = callback(model, tmp_path)
     fit(model, 2, checkpoint)
     history = fit(model, 5, checkpoint)
     assert_equal(values(model), values(reference))
     assert history.history == expected.history and history.epoch == [0, 1, 2, 3, 4]
-
-
-def test_second_fit_leaves_alone_a_model_that_is_at_the_newest_checkpoint(tmp_path):
-    model, seen = dense_model(), []
-    checkpoint = callback(model, tmp_path)
-    fit(model, 2, checkpoint)
     model.evaluate(X, Y, verbose=0)
     model.compile(keras.optimizers.SGD(0.25), "mse")
     weights, optimizer = values(model, optimizer=False), model.optimizer
     begin = on(on_epoch_begin=lambda epoch, logs: seen.append((epoch, values(model, optimizer=False))))
-    fit(model, 3, checkpoint, begin)
-    assert model.optimizer is optimizer and seen[0][0] == 2 and float(optimizer.learning_rate.value) == 0.25
+    fit(model, 6, checkpoint, begin)
+    assert model.optimizer is optimizer and seen[0][0] == 5 and float(optimizer.learning_rate.value) == 0.25
     assert_equal(seen[0][1], weights)
+    loaded = load_model(tmp_path)  # is described anew
+    assert float(loaded.optimizer.learning_rate) == 0.25
+    assert_equal(values(loaded), values(model))
     model.set_weights([weight * 0 for weight in model.get_weights()])  # elsewhere: the checkpoint is put back
-    fit(model, 4, checkpoint, begin)
+    fit(model, 7, checkpoint, begin)
     assert any(weight.any() for weight in seen[-1][1])
 
 
@@ -757,64 +770,59 @@ def test_model_compiled_anew_between_two_fits_keeps_its_optimizer_when_the_scrip
         assert_equal(script(None, tmp_path / str(number)), reference)
 
 
-def test_run_that_a_callback_stopped_is_complete(tmp_path, capsys):
-    def stop(epoch, logs=None):
-        for each in (model, again):
-            each.stop_training = epoch == 1
-
-    model, again = dense_model(), dense_model()
-    fit(model, 5, callback(model, tmp_path), on(on_epoch_end=stop))
-    assert fit(again, 5, callback(again, tmp_path, verbose=1), on(on_epoch_end=stop)).epoch == [0, 1]
-    assert_equal(values(again), values(model))
-    assert "a callback stopped the run after 2 epochs" in capsys.readouterr().out
-    assert fit(again, 6, callback(again, tmp_path)).epoch == [0, 1, 2, 3, 4, 5]
-
-
-@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_end"])
-def test_stop_training_ends_a_resumed_epoch_cleanly(hook, tmp_path):
+@pytest.mark.parametrize("hook", ["on_train_begin", "on_epoch_begin", "on_train_batch_end", "on_epoch_end"])
+def test_run_that_a_callback_stopped_in_a_resumed_epoch_is_complete(hook, tmp_path, capsys):
     model, again, third = dense_model(), dense_model(), dense_model()
-    with pytest.raises(SystemExit):
-        fit(model, 3, callback(model, tmp_path), At((1, "train", 1)), validation_split=0.25)
+    leave(model, tmp_path, (1, "train", 1), {"validation_split": 0.25})
     end, before = on(**{hook: lambda *_, **__: setattr(again, "stop_training", True)}), handlers()
-    assert fit(again, 3, callback(again, tmp_path), end, validation_split=0.25).epoch == [0, 1]
+    assert fit(again, 5, callback(again, tmp_path), end, validation_split=0.25).epoch == [0, 1]
     assert_nothing_left(again, before)
-    assert fit(third, 3, callback(third, tmp_path)).epoch == [0, 1]  # it was stopped
+    assert fit(third, 5, callback(third, tmp_path, verbose=1)).epoch == [0, 1]
     assert_equal(values(third), values(again))
+    assert "a callback stopped the run after 2 epochs" in capsys.readouterr().out
+    assert fit(third, 6, callback(third, tmp_path)).epoch == [0, 1, 2, 3, 4, 5]
 
 
-def test_terminate_on_nan_ends_a_resumed_epoch_cleanly(tmp_path):
-    y = Y.copy()
-    y[40] = np.nan
-
-    def run(places, directory=None):
-        for place in places:
-            seed(3)
-            model = dense_model()
-            callbacks = [keras.callbacks.TerminateOnNaN(), At(place)]
-            callbacks[:0] = [callback(model, directory)] if directory else []
-            with contextlib.suppress(SystemExit):
-                history = model.fit(X, y, batch_size=16, epochs=3, verbose=0, shuffle=False, callbacks=callbacks)
-        return values(model), history.epoch
-
-    found, expected = run([(0, "train", 0), None], tmp_path), run([None])
-    assert_equal(found[0], expected[0])
-    assert found[1] == expected[1] == [0]
-
-
-@pytest.mark.parametrize("kind", ["own history", "own list", "own list with a history"])
-def test_lists_of_callbacks_and_histories_made_by_the_user_are_served(kind, tmp_path):
-    model = dense_model()
+@pytest.mark.parametrize("add_history", [False, True])
+def test_list_of_callbacks_made_by_the_user_is_served(add_history, tmp_path, model):
+    fit(model, 1)  # model.history is that of another fit
     checkpoint = callback(model, tmp_path, verbose=1)
-    if kind == "own history":
-        callbacks = [keras.callbacks.History(), checkpoint]
-    else:
-        fit(model, 1)  # model.history is that of another fit
-        options = {"add_history": kind.endswith("history"), "model": model, "epochs": 2, "verbose": 0}
-        callbacks = keras.callbacks.CallbackList([checkpoint], **options)
-    history = model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
-    assert kind == "own list" or history.epoch == [0, 1]
+    options = {"add_history": add_history, "model": model, "epochs": 2, "verbose": 0}
+    callbacks = keras.callbacks.CallbackList([checkpoint], **options)
+    model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
     assert checkpoint.checkpoint_manager.all_steps() == [0, 1]
     assert fit(model, 2, callback(model, tmp_path)).epoch in ([], [0, 1])
+
+
+def test_run_that_another_callback_resumes_is_left_where_it_is(tmp_path):
+    def run(directory, *others):
+        seed(3)
+        model, backup = dense_model(), keras.callbacks.BackupAndRestore(tmp_path / "backup")
+        with contextlib.suppress(RuntimeError):
+            fit(model, 3, backup, *([callback(model, directory)] if directory else []), *others)
+        return model.history.epoch
+
+    run(None, At((2, "train", 1), fail))
+    assert run(tmp_path / "ours") == [2] and names(tmp_path / "ours") == ["2"]
+
+
+def test_two_phases_in_one_directory_are_run_again(tmp_path):
+    def run(directory, place=None):
+        seed(3)
+        model = dense_model()
+        model.layers[0].trainable = False
+        compiled(model)
+        checkpoint = callback(model, directory)
+        fit(model, 2, checkpoint)
+        model.layers[0].trainable = True
+        compiled(model, keras.optimizers.SGD(0.001))
+        with contextlib.suppress(SystemExit):
+            fit(model, 4, checkpoint, At(place))
+        return values(model)
+
+    for place in [(2, "train", 1), (3, "train", 2)]:
+        run(tmp_path / "killed", place)
+    assert_equal(run(tmp_path / "killed"), run(tmp_path / "at once"))
 
 
 # ------------------------------------------------------------------------------------------------ P2: bit for bit
@@ -830,6 +838,8 @@ ODD = [(0, "validation", 0), (1, "ends", 0)]
 def scenarios():
     """Data x callbacks x save_freq x where it is left, by SIGTERM or by an exception."""
     for data in DATA:
+        if data == "with a number that is none":
+            continue
         if not data.startswith("kerashub"):
             yield EPOCHS, {"data": data}
         yield STEPS if not data.startswith("kerashub") else STEPS[:1], {"data": data, "freq": 3}
@@ -850,6 +860,7 @@ def scenarios():
             yield SIGNALS, {"callbacks": callbacks, "stateful": stateful}
             yield ODD, {"callbacks": callbacks, "stateful": stateful, "freq": 2, "position": 2}
     yield [ODD[0], EPOCHS[1], ODD[1]], {"is_held_out_shuffled": True}
+    yield [(0, "train", 0)], {"data": "with a number that is none", "callbacks": "terminate"}
 
 
 SCENARIOS = [pytest.param(*each, id=" ".join(f"{n}={v}" for n, v in each[1].items())) for each in scenarios()]
@@ -879,10 +890,24 @@ def reads_ahead():
     return sum(seen) > 6
 
 
+@keras.saving.register_keras_serializable("tests")
+class TwoLayers(layers.Layer):
+    def __init__(self, **config):
+        super().__init__(**config)
+        self.first, self.second = layers.Dense(6, "tanh"), layers.Dense(6)
+
+    def build(self, shape):
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, inputs):
+        return self.second(self.first(inputs))
+
+
 class Subclassed(keras.Model):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.blocks = [layers.Dense(4, activation="relu") for _ in range(2)]
+        self.blocks = [TwoLayers() for _ in range(2)]
         self.dropout = layers.Dropout(0.2)
         self.head = layers.Dense(1)
 
@@ -927,6 +952,31 @@ def lora(quantize=None):
     return compiled(model)
 
 
+def lora_inside():
+    inner = keras.Sequential([keras.Input((6,)), layers.Dense(5), layers.Dense(6)])
+    inner.layers[0].enable_lora(2)
+    inner.layers[1].trainable = False
+    return stacked(inner, layers.Dense(1))
+
+
+def frozen_attention(with_lora):
+    inputs, attention = keras.Input((6,)), layers.MultiHeadAttention(2, 3)
+    x = layers.Reshape((2, 3))(inputs)
+    model = keras.Model(inputs, layers.Dense(1)(layers.Flatten()(attention(x, x))))
+    attention.trainable = False
+    if with_lora:
+        attention.query_dense.enable_lora(2)
+    return compiled(model)
+
+
+def frozen_part(kind):
+    model = Subclassed() if kind == "subclassed" else stacked(TwoLayers(), TwoLayers(), layers.Dense(1))
+    model(X[:1])
+    block = model.blocks[0] if kind == "subclassed" else model.layers[0]
+    {"layer": block.first, "kernel": block.first.kernel}.get(kind, block).trainable = False
+    return compiled(model)
+
+
 def with_policy(policy):
     earlier = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -946,6 +996,10 @@ MODELS = {
     "recurrent": two_recurrent,
     "stateful recurrent": lambda: recurrent(layers.LSTM(3, stateful=True), batch_shape=(16, 4, 3)),
     "lora": lora,
+    "lora inside": lora_inside,
+    "frozen attention": lambda: frozen_attention(False),
+    "lora in frozen attention": lambda: frozen_attention(True),
+    **{f"frozen {kind}": lambda kind=kind: frozen_part(kind) for kind in ("subclassed", "block", "layer", "kernel")},
     "int8": lambda: lora("int8"),
     "int4": lambda: lora("int4"),
     "bfloat16": lambda: with_policy("bfloat16"),
@@ -979,6 +1033,7 @@ def test_interrupted_run_of_any_model_equals_uninterrupted_run_and_so_does_that_
     copy = shutil.copytree(tmp_path / "saved", tmp_path / "copy")
     for resumed in (run(4, tmp_path / "saved"), run(4, copy, build=load)):  # the first with other automatic names
         assert_same_end(resumed, reference)
+    assert_same_end(run(4, tmp_path / "saved"), reference)  # nothing is left to train
     if kind.startswith("mixed_float16"):
         assert type(load().optimizer).__name__ == "LossScaleOptimizer"
 
@@ -1000,82 +1055,61 @@ def test_every_batch_is_saved_as_it_was_although_training_goes_on_at_once(tmp_pa
         assert_equal(values(model), Capture.states[step])
 
 
-def test_history_is_as_keras_leaves_it(tmp_path):
-    model, own = dense_model(), keras.callbacks.History()
-    fit(model, 2, own, callback(model, tmp_path))
-    assert own.epoch == [0, 1] and pickle.loads(pickle.dumps(own.history)) == own.history
-    assert set(vars(own)) == {"history", "epoch", "_model", "params"}
-    assert fit(model, 1, own).epoch == [0]
-    again, resumed = dense_model(), keras.callbacks.History()
-    fit(again, 3, resumed, callback(again, tmp_path))
-    assert resumed.epoch == [0, 1, 2] and len(resumed.history["loss"]) == 3
-
-
-def test_logs_of_every_kind_are_survived_and_come_back_in_the_history(tmp_path):
+def test_history_is_as_keras_leaves_it_with_logs_of_every_kind(tmp_path):
     odd = {
         "ragged": [[1, 2], [3]], "none": None, "text": "12:00", "when": datetime.datetime(2020, 1, 2), "number": 3,
         "array": np.ones(3, "float32"), 7: 1.5, ("a", "tuple"): 2.5, "numpy": np.float32(0.1), "truth": True,
         "object": object(),
     }  # fmt: skip
-
-    def run(epochs):
-        model = dense_model()
+    histories = []
+    for epochs in (1, 2):
+        model, own = dense_model(), keras.callbacks.History()
         update = on(on_epoch_end=lambda epoch, logs: logs.update(odd))
-        return fit(model, epochs, callback(model, tmp_path), update).history
-
-    first, second = run(1), run(2)
+        histories.append(fit(model, epochs, update, own, callback(model, tmp_path)).history)
+        assert own.epoch == list(range(epochs)) and len(pickle.loads(pickle.dumps(own.history))["loss"]) == epochs
+        assert set(vars(own)) == {"history", "epoch", "_model", "params"}
     recorded = record_of(tmp_path / "1")["metrics"].keys()
     assert recorded >= {"loss", "number", "numpy", "7"} and not recorded & {"ragged", "none", "text", "when", "object"}
-    for name, series in second.items():
+    assert histories[1].keys() >= odd.keys()
+    for name, series in histories[1].items():
         assert len(series) == 2
         if name != "object":  # which comes back as its text
-            assert type(series[0]) is type(first[name][0]) and repr(series[0]) == repr(first[name][0])
+            assert type(series[0]) is type(histories[0][name][0]) and repr(series[0]) == repr(histories[0][name][0])
+    assert fit(model, 1, own).epoch == [0]
 
 
 def test_script_may_give_a_dataset_other_numbers_and_texts(tmp_path):
-    class Files(Dataset):
-        folder, count = "a", 1
-
+    class Counting(Dataset):
         def on_epoch_end(self):
             super().on_epoch_end()
             self.count = self.count + 1
 
-    def run(epochs, folder, factor):
-        data, model = Files("in place"), dense_model()
-        data.folder, data.factor = folder, factor
+    for epochs, folder, factor in ((2, "a", 1), (3, "b", 2)):
+        data, model = Counting("in place"), dense_model()
+        data.folder, data.factor, data.count = folder, factor, 1
         model.fit(data, epochs=epochs, verbose=0, callbacks=[callback(model, tmp_path)])
-        return data
-
-    run(2, "a", 1)
-    data = run(3, "b", 2)
-    assert (data.folder, data.factor) == ("b", 2) and data.count == 5  # asked before the first epoch and after each
+    assert (data.folder, data.factor, data.count) == ("b", 2, 5)  # asked before the first epoch and after each
 
 
-def test_data_that_is_not_what_it_was_is_reported_before_anything_is_trained(tmp_path):
-    model = dense_model()
-
+def test_data_that_is_not_what_it_was_is_reported_before_anything_is_trained(tmp_path, model):
     def resume(message, error=CheckpointMismatchError, expect=pytest.raises, y=Y, **kwargs):
-        arguments = {"x": X[: len(y)], "y": y, "batch_size": 16, "shuffle": False, **kwargs}
-        trained = At()
+        arguments, trained = {"x": X[: len(y)], "y": y, "batch_size": 16, "shuffle": False, **kwargs}, At()
         with expect(error, match=message):
             model.fit(**arguments, epochs=3, verbose=0, callbacks=[trained, callback(model, tmp_path)])
         return trained.heard
 
-    with pytest.raises(SystemExit):
-        fit(model, 3, callback(model, tmp_path), At((0, "train", 1)), shuffle=False)
+    leave(model, tmp_path, (0, "train", 1), {"shuffle": False})
     before = contents(tmp_path)
     assert not resume("epoch of 4 batches, and now an epoch has 8: the batch size or the data", batch_size=8)
     assert not resume("epoch of 4 batches, and now an epoch has 2", y=Y[:32])
-    shapes = r"shapes \[\[16, 6\], \[16, 1\]\], and now .*\[\[13, 6\]"
-    assert not resume(shapes, x=X[:52], y=Y[:52], batch_size=13)
+    assert not resume(r"shapes \[\[16, 6\], \[16, 1\]\], and now .*\[\[13, 6\]", x=X[:52], y=Y[:52], batch_size=13)
     content = "last skipped batch has other content"  # a warning, which is an error in here
     assert not resume(content, UserWarning, y=Y + 1)
     assert contents(tmp_path) == before
     assert resume(content, UserWarning, pytest.warns, y=Y + 1)[0] == (0, 2)
 
 
-def test_calls_and_numbers_that_do_not_fit_are_refused(tmp_path):
-    model = dense_model()
+def test_calls_and_numbers_that_do_not_fit_are_refused(tmp_path, model):
     leave(model, tmp_path / "a", (0, "train", 2))
     other = compiled(keras.models.clone_model(model), steps_per_execution=2)
     message = "after 3 batches of an epoch, which is not a multiple of steps_per_execution=2"
@@ -1085,25 +1119,21 @@ def test_calls_and_numbers_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CheckpointMismatchError, match="inside the first epoch, but initial_epoch=1"):
         fit(model, 3, callback(model, tmp_path / "a"), initial_epoch=1)
     fit(model, 2, callback(model, tmp_path / "b", save_freq=3))  # up to step 8
-    before = contents(tmp_path), values(model)
-    with pytest.raises(ValueError, match="save_freq='epoch' and steps_per_epoch=1, .* step 2, which is not above 8"):
+    message = "save_freq='epoch' and steps_per_epoch=1, .* step 2, which is not above 8"
+    with unchanged(model, tmp_path / "b"), pytest.raises(ValueError, match=message):
         fit(model, 4, callback(model, tmp_path / "b"))
-    assert contents(tmp_path) == before[0]
-    assert_equal(values(model), before[1])
 
 
-def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path):
-    model = dense_model()
-    model.second_optimizer = keras.optimizers.SGD()
+def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path, model):
+    more, held_out = dense_model(), ((X[:8], Y[:8]) for _ in range(9))
+    more.second_optimizer = keras.optimizers.SGD()
     with pytest.warns(UserWarning, match="further optimizers of the model is not saved: second_optimizer") as warned:
-        fit(model, 1, callback(model, tmp_path / "optimizer"))
+        fit(more, 1, callback(more, tmp_path / "optimizer"))
     assert files_of(warned) == [__file__]  # the line that calls fit
-    model = dense_model()
-    held_out = ((X[:8], Y[:8]) for _ in range(9))
     with pytest.warns(UserWarning, match="validation data is a generator"):
         fit(model, 1, callback(model, tmp_path / "generator"), validation_data=held_out, validation_steps=2)
+    save(model, tmp_path / "by hand")
     with pytest.warns(UserWarning, match="the position in the data is unknown"):
-        save(model, tmp_path / "by hand")
         fit(model, 2, callback(model, tmp_path / "by hand"), steps_per_epoch=2)
     data = ((X[i % 50 : i % 50 + 8], Y[i % 50 : i % 50 + 8]) for i in itertools.count())
     checkpoint, options = callback(model, tmp_path / "twice"), {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
@@ -1113,35 +1143,99 @@ def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path):
 
 
 def test_datasets_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
-    class Opaque(Dataset):
-        def __init__(self, how="anew"):
-            super().__init__(how)
-            self.tokens = object()
-
     class Rows(Dataset):
         def on_epoch_end(self):
             self.x = self.x[::-1]
 
-    class Untouched(Opaque, Plain):
-        on_epoch_end, on_epoch_begin = Plain.on_epoch_end, Plain.on_epoch_begin
+    def run(data, stateful=(), **attributes):
+        model, directory = dense_model(), tempfile.mkdtemp(dir=tmp_path)
+        vars(data).update(attributes)
+        model.fit(data, shuffle=True, verbose=0, callbacks=[callback(model, directory, stateful=stateful)])
 
-    def run(data, **options):
+    with pytest.warns(UserWarning, match="Dataset overrides on_epoch_begin and on_epoch_end, .* be saved: tokens"):
+        run(Dataset("anew"), tokens=object())
+    with pytest.warns(UserWarning, match="Rows overrides .*on_epoch_end, which has changed .* are not saved: x"):
+        run(Rows("anew"))
+    with pytest.warns(UserWarning, match="Plain has workers=2"):
+        run(Plain("noise", workers=2))
+    run(Plain("noise"), paths=np.array(["a", "b"], dtype=object), shape=Point(1, 2), tokens=object())  # never changed
+    run(Own())
+    run(data := Own(), stateful=[data])
+
+
+def test_generator_that_two_objects_share_is_shared_after_a_resume(tmp_path):
+    def run(directory, place=None):
+        seed(3)
+        model, shared = dense_model(), np.random.default_rng(5)
+        x, held_out = Dataset("by a generator"), Dataset("by a generator")
+        x.rng = held_out.rng = shared
+        callbacks = [callback(model, directory), At(place)] if directory else []
+        with contextlib.suppress(SystemExit):
+            model.fit(x, validation_data=held_out, epochs=3, verbose=0, callbacks=callbacks)
+        return values(model)
+
+    run(tmp_path, (1, "train", 3))
+    assert_equal(run(tmp_path), run(None))
+
+
+def test_fit_within_on_epoch_begin_trains_in_a_resumed_run_too(tmp_path):
+    def run(directory, place=None):
+        seed(3)
         model = dense_model()
-        directory = tmp_path / f"{type(data).__name__}{len(options)}"
-        model.fit(data, shuffle=True, verbose=0, callbacks=[callback(model, directory, **options)])
+        inner = on(on_epoch_begin=lambda epoch, logs: other.fit(X, Y, verbose=0) and epochs.append(other.history.epoch))
+        other, epochs = model, []
+        with contextlib.suppress(SystemExit):
+            fit(model, 3, inner, *([callback(model, directory), At(place)] if directory else []))
+        return values(model), epochs
 
-    for data, message in (
-        (Opaque(), "Opaque overrides on_epoch_begin and on_epoch_end, which may change .* cannot be saved: tokens"),
-        (Rows("anew"), "Rows overrides .*on_epoch_end, which has changed attributes .*like data and are not saved: x"),
-        (Plain("noise", workers=2), "Plain has workers=2"),
+    run(tmp_path, (1, "ends", 0))
+    resumed, expected = run(tmp_path), run(None)
+    assert_equal(resumed[0], expected[0])
+    assert resumed[1] == expected[1][2:]
+
+
+class Augmented(Plain):
+    def __init__(self):
+        super().__init__("in order")
+        self.drop = layers.Dropout(0.5)
+
+
+def test_datasets_and_members_that_cannot_work_are_named_at_the_start(tmp_path):
+    model = dense_model()
+    for number, (data, members, message) in enumerate(
+        [
+            (Augmented(), [], r"Augmented draws random numbers by Keras \(drop\)"),
+            (Dataset("in place", workers=2), [], "Dataset has workers=2"),
+            (Plain("in order"), [keras.callbacks.EarlyStopping("loss")], "was not passed to fit"),
+        ]
     ):
         with pytest.warns(UserWarning, match=message):
-            run(data)
-    files = Plain("noise")  # nothing changes what cannot be saved
-    files.paths, files.shape = np.array(["a", "b"], dtype=object), Point(1, 2)
-    for quiet in (Own(), Untouched(), files):
-        run(quiet)
-    run(data := Own(), stateful=[data])
+            ours = callback(model, tmp_path / str(number), stateful=members)
+            model.fit(data, shuffle=False, verbose=0, callbacks=[ours])
+
+
+def test_another_number_of_steps_begins_the_data_anew(tmp_path):
+    heard = []
+    for epochs, steps in ((2, 3), (3, None)):
+        at, model = At(), dense_model()
+        options = {"batch_size": 6, "shuffle": False, "steps_per_epoch": steps, "epochs": epochs, "verbose": 0}
+        model.fit(X[:SIZE], Y[:SIZE], callbacks=[callback(model, tmp_path), at], **options)
+        heard.append(len(at.heard) // 2)
+    assert heard == [2 * 3, BATCHES]
+
+
+def test_data_that_ends_before_the_place_of_the_checkpoint_is_a_mismatch(tmp_path):
+    model = dense_model()
+
+    def resume(size, *others):
+        batches = ((X[:8], Y[:8]) for _ in range(size))
+        model.fit(batches, steps_per_epoch=8, shuffle=False, verbose=0, callbacks=[callback(model, tmp_path), *others])
+
+    with pytest.raises(SystemExit):
+        resume(8, At((0, "train", 5)))
+    with pytest.raises(CheckpointMismatchError, match="data ends after 3 batches.* step 0 was made after 6"):
+        resume(3)
+    assert names(tmp_path) == ["0"]
 
 
 # ------------------------------------------------------------------------------------------------ P3: nothing lost
@@ -1160,8 +1254,7 @@ def test_kills_at_random_instants_always_leave_a_restorable_checkpoint(freq, tmp
         os.kill(process.process.pid, signal.SIGTERM if freq == "epoch" and kill % 2 else signal.SIGKILL)
         process.join()
         (tmp_path / "started").unlink(missing_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             found = restore(model, tmp_path / "ckpt")
         assert found is not None or not committed
         committed = found is not None
@@ -1181,98 +1274,82 @@ CALLS = (
 class Node:
     """A file or folder: as it is, and as it is on the disk for certain."""
 
-    def __init__(self, content=None):
-        self.content = {} if content is None else bytearray(content)
+    def __init__(self, path=None, content=None):
+        if path and path.is_dir():
+            content = {each.name: Node(each) for each in path.iterdir()}
+        elif path:
+            content = bytearray(path.read_bytes())
+        self.content = content
         self.flush()
 
     def flush(self):
-        self.flushed, self.removed = type(self.content)(self.content), set()  # names, since the folder was flushed
+        self.flushed, self.removed = copy.copy(self.content), set()  # names, since the folder was flushed
 
-
-class Disk:
-    """What system calls do to a folder. After each, `tree` tells what a kill or a power cut leaves of it."""
-
-    def __init__(self, root):
-        self.root, self.offsets = str(root), {}
-        self.top = self.copied(root)
-
-    def copied(self, path):
-        node = Node(None if path.is_dir() else path.read_bytes())
-        if path.is_dir():
-            node.content = {each.name: self.copied(each) for each in path.iterdir()}
-            node.flush()
-        return node
-
-    def at(self, path):
-        """The folder that a path is in, and its last name."""
-        *folders, name = path.removeprefix(self.root).strip("/").split("/")
-        return functools.reduce(lambda node, folder: node.content[folder], folders, self.top), name
-
-    def node(self, path):
-        parent, name = self.at(path)
-        return parent.content[name] if name else self.top
-
-    def apply(self, call, paths, texts, line, result):
-        """False if nothing has changed."""
-        parent, name = self.at(paths[-1])
-        if call == "openat":
-            self.offsets[result] = 0
-            if "O_CREAT" not in line or (name in parent.content and "O_TRUNC" not in line):
-                return False
-            parent.content.setdefault(name, Node(b"")).content = bytearray()
-        elif call.startswith(("write", "pwrite")):
-            node, descriptor = self.node(paths[0]), int(re.search(r"\((\d+)<", line)[1])
-            data = b"".join(texts)[:result]
-            start = int(re.findall(r", (\d+)\)", line)[-1]) if call.startswith("p") else self.offsets.get(descriptor, 0)
-            node.content[start : start + len(data)] = data
-            self.offsets[descriptor] = start + len(data)
-        elif call == "ftruncate":
-            del self.node(paths[0]).content[int(re.findall(r", (\d+)\)", line)[-1]) :]
-        elif call.startswith("rename"):
-            old, old_name = self.at(paths[-2])
-            parent.content[name] = old.content.pop(old_name)
-        elif call in ("unlink", "unlinkat", "rmdir"):
-            del parent.content[name]
-            parent.removed.add(name)
-        elif call.startswith("mkdir"):
-            parent.content[name] = Node()
-        else:
-            self.node(paths[0]).flush()
-        return True
-
-    def tree(self, how, node=None, path=""):
+    def tree(self, how, path=""):
         """What is left, by path. `how`: "killed", or after a power cut, without what was not flushed: "names" without
         new names, "deleted" without what was deleted either, "contents" with all names, but empty files."""
-        node = node or self.top
-        if not isinstance(node.content, dict):
-            return {path: bytes(node.content if how == "killed" else node.flushed)}
+        if isinstance(self.content, bytearray):
+            return {path: bytes(self.content if how == "killed" else self.flushed)}
         found = {path: None}
-        for name, each in (node.content if how in ("killed", "contents") else node.flushed).items():
-            if how != "deleted" or name not in node.removed:
-                found |= self.tree(how, each, f"{path}/{name}")
+        for name, each in (self.content if how in ("killed", "contents") else self.flushed).items():
+            if how != "deleted" or name not in self.removed:
+                found |= each.tree(how, f"{path}/{name}")
         return found
 
 
-def system_calls(log, root):
-    """(name, paths, other strings, line, result) of the calls that have succeeded, in a folder, in their order."""
-    begun = {}
+def replayed(log, root, top):
+    """Does again what system calls have done to a folder. Yields the call after each that others can see."""
+    begun, offsets = {}, collections.Counter()
+
+    def end(path):
+        """The folder that a path is in, and its last name."""
+        *folders, name = path.removeprefix(str(root)).strip("/").split("/")
+        return functools.reduce(lambda node, folder: node.content[folder], folders, top), name
+
     for line in log.read_text().splitlines():
         process, line = line.split(maxsplit=1)
+        line = begun.pop(process, "") + re.sub(r"^<\.\.\. \w+ resumed>", "", line)
         if line.endswith("<unfinished ...>"):
             begun[process] = line.removesuffix("<unfinished ...>")
-            continue
-        if line.startswith("<..."):
-            line = begun.pop(process) + line.split("resumed>", 1)[1]
         if not (found := re.match(r"(\w+)\((.*)\)\s+= (\d+)", line)):
+            continue  # it has failed
+        call, arguments, result = found[1], found[2], int(found[3])
+        places, texts = (
+            [bytes.fromhex(each.replace("\\x", "")) for each in re.findall(kind, arguments)]
+            for kind in (r"<(\\[\\\w]+)>", r'"([\\\w]*)"')
+        )
+        paths = places[:1]
+        if "write" not in call and not call.startswith("f"):
+            paths = [os.path.join(*each) for each in itertools.zip_longest(places, texts, fillvalue=b"")]
+        paths = [os.fsdecode(path) for path in paths]
+        if not paths or not all(path.startswith(str(root)) for path in paths):
             continue
-        decode = lambda text: bytes.fromhex(text.replace("\\x", ""))  # noqa: E731
-        texts = [decode(each) for each in re.findall(r'"((?:\\x[0-9a-f]{2})*)"', found[2])]
-        paths = places = [decode(each).decode() for each in re.findall(r"<((?:\\x[0-9a-f]{2})+)>", found[2])]
-        if not found[1].startswith(("write", "pwrite", "f")):
-            places = places or ["/"]
-            paths = [os.path.join(places[min(i, len(places) - 1)], text.decode()) for i, text in enumerate(texts)]
-        if paths and all(path.startswith(str(root)) for path in (paths[0], paths[-1])):
-            yield found[1], paths, texts, line, int(found[3])
+        folder, name = end(paths[-1])
+        node = folder.content.get(name) if name else top
+        if call == "openat":
+            offsets[result] = 0
+            if "O_CREAT" not in line or (node and "O_TRUNC" not in line):
+                continue
+            folder.content.setdefault(name, Node(content=bytearray())).content = bytearray()
+        elif "write" in call:
+            descriptor, number = int(arguments.split("<")[0]), arguments.rpartition(", ")[2]
+            start = int(number) if call.startswith("p") else offsets[descriptor]
+            offsets[descriptor] = start + result
+            node.content[start : start + result] = b"".join(texts)[:result]
+        elif call == "ftruncate":
+            del node.content[int(arguments.rpartition(", ")[2]) :]
+        elif call.startswith("rename"):
+            old, old_name = end(paths[0])
+            folder.content[name] = old.content.pop(old_name)
+        elif call in ("unlink", "unlinkat", "rmdir"):
+            del folder.content[name]
+            folder.removed.add(name)
+        elif call.startswith("mkdir"):
+            folder.content[name] = Node(content={})
+        else:
+            node.flush()
+        if "write" not in call and call != "openat":  # what has been written in part looks the same from outside
+            yield call, paths
 
 
 class Capture(keras.callbacks.Callback):
@@ -1290,16 +1367,12 @@ class Capture(keras.callbacks.Callback):
 
 def restored_number(model, directory):
     """How many batches the newest state that can be restored has behind it; None if there is none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         if KerasOrbaxCheckpointManager(model, directory, read_only=True).restore_state() is None:
             return None
     number = int(model.optimizer.iterations.value)
     assert_equal(values(model), Capture.states[number])
     return number
-
-
-HOWS = ("killed", "names", "deleted", "contents")
 
 
 @STRACE
@@ -1311,17 +1384,13 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
     if kind == "damaged":
         attempt(directory, epochs=2)
         flip(data_file(directory / "1"), 8 * 300)
-    disk, least, trees, states = Disk(directory), dict.fromkeys(HOWS), {}, 0
+    disk, least, trees = Node(directory), dict.fromkeys(HOWS), {}
     command = ["strace", "-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={CALLS}", "-o", log]
-    command += [sys.executable, __file__, "traced", directory, kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = script("traced", directory, kind, prefix=command, check=False)
     if "ptrace" in done.stderr:
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr
-    for call in system_calls(log, directory):
-        if not disk.apply(*call) or call[0].startswith(("write", "pwrite", "openat")):
-            continue  # what has been written in part looks the same from outside
-        states += 1
+    for count, call in enumerate(replayed(log, directory, disk)):
         for how in HOWS:
             if trees.get(how) == (tree := disk.tree(how)):
                 continue
@@ -1330,25 +1399,11 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
                 there = pathlib.Path(f"{place}{path}")
                 there.mkdir() if content is None else there.write_bytes(content)
             number, before = restored_number(model, place), least[how] or 0
-            assert number is not None or least[how] is None, f"nothing is left when {how}, after {states}: {call[:2]}"
-            assert number is None or how == "deleted" or number >= before, (number, how, states, call[:2])
+            assert number is not None or least[how] is None, f"nothing is left when {how}, after {count}: {call}"
+            assert number is None or how == "deleted" or number >= before, (number, how, count, call)
             least[how] = number if number is not None and number >= before else least[how]
             shutil.rmtree(place)
-    assert states > 60 and set(least.values()) == {28 if kind == "damaged" else 21}
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_save_that_has_started_is_committed_although_fit_raises(error, tmp_path):
-    model = stacked(layers.Dense(40_000), layers.Dense(1))
-
-    def end(batch, logs=None):
-        if batch == 3:  # before this batch it was saved
-            raise error("on purpose")
-
-    with pytest.raises(error, match="on purpose"):
-        fit(model, 2, callback(model, tmp_path, save_freq=3), on(on_train_batch_end=end))
-    (adam,) = ocp.CheckpointManager(tmp_path).restore(3)["optimizer_variables"].values()
-    assert adam["iteration"] == 3
+    assert count > 60 and set(least.values()) == {28 if kind == "damaged" else 21}
 
 
 def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_that_it_failed(tmp_path):
@@ -1360,35 +1415,38 @@ def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_th
     assert load_model(tmp_path).optimizer is not None
 
 
-@pytest.mark.parametrize(
-    "name", ["run[1]", "layers=[64,32]", "*", "a?b", "{x}", "#1", "%41", "a b", "Schritt ü", "line\nbreak"]
-)
-def test_directories_may_have_any_name(name, tmp_path):
-    model, directory = dense_model(), tmp_path / name
-    save(model, directory, 0, 1, 2)
-    assert ocp.StandardCheckpointer().restore(directory / "2/default")
-    assert restore(model, directory) == 2
-    save(model, directory, 3, max_to_keep=2)
-    assert names(directory) == ["2", "3"]
-    assert_equal(values(load_model(directory)), values(model))
+ODD_NAMES = ["run[1]", "layers=[64,32]", "*", "a?b", "{x}", "#1", "%41", "a b", "Schritt ü", "line\nbreak"]
+
+
+@pytest.mark.parametrize("given", [*ODD_NAMES, "relative/dir", "~/ckpt", pathlib.Path("path")])
+def test_directories_may_have_any_name_and_be_relative_or_home_or_pathlib(given, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    place = pathlib.Path(given).expanduser().absolute()
+    save(model, given, 0, 1, 2)
+    assert ocp.StandardCheckpointer().restore(place / "2/default")
+    assert restore(model, place) == restore(model, given) == 2
+    save(model, place, 3, max_to_keep=2)
+    assert names(place) == ["2", "3"]
+    assert_equal(values(load_model(given)), values(model))
 
 
 def test_snapshot_inside_an_epoch_has_its_number_and_is_found_until_the_complete_one_has_replaced_it(tmp_path):
-    model = dense_model()
+    model, step, aside = dense_model(), tmp_path / "1", tmp_path / "1.replaced"
 
     def leave_at(batch):
         leave(model, tmp_path, (1, "train", batch), max_to_keep=1)
-        return record_of(tmp_path / "1")["position"]
+        assert record_of(step)["position"] == {"epoch": 1, "batch": batch + 1, "batches": batch + 5}
 
-    assert leave_at(0) == {"epoch": 1, "batch": 1, "batches": 5}
+    leave_at(0)
     tree = ocp.CheckpointManager(tmp_path).restore(1)
     assert set(tree) == {"trainable_variables", "non_trainable_variables", "optimizer_variables", "metrics_variables"}
-    assert leave_at(1) == {"epoch": 1, "batch": 2, "batches": 6}  # replaces the first one
-    shutil.copytree(tmp_path / "1", tmp_path / "1.replaced")  # as a kill leaves it, right after the commit
-    assert leave_at(2) == {"epoch": 1, "batch": 3, "batches": 7}
+    leave_at(1)  # replaces the first one
+    shutil.copytree(step, aside)  # as a kill leaves it, right after the commit
+    leave_at(2)
     assert names(tmp_path) == ["1"]
     saved = values(model)
-    (tmp_path / "1").rename(tmp_path / "1.replaced")  # as a kill leaves it, right before its successor is written
+    step.rename(aside)  # as a kill leaves it, right before its successor is written
     assert ocp.CheckpointManager(tmp_path).all_steps() == []
     fit(model, 1)
     assert restore(model, tmp_path) == 1
@@ -1399,8 +1457,7 @@ def test_snapshot_inside_an_epoch_has_its_number_and_is_found_until_the_complete
     assert names(tmp_path) == ["2"]
 
 
-def test_what_killed_saves_and_deletions_have_left_goes_with_the_next_commit_at_or_above_it(trained, tmp_path):
-    directory = copy_of(trained, tmp_path)
+def test_what_killed_saves_and_deletions_have_left_goes_with_the_next_commit_at_or_above_it(directory):
     for name in ("2.{}-7", "3.{}", "3.{}-written", "9.{}"):
         shutil.copytree(directory / "2", directory / name.format("orbax-checkpoint-tmp"))
     (directory / "0/_CHECKPOINT_METADATA").unlink()  # a deletion that was killed
@@ -1420,12 +1477,14 @@ def test_saves_of_this_process_are_waited_for_and_their_failures_left_to_who_ask
     assert_equal(values(load_model(tmp_path)), values(model))
     managers[0].save_state(1)
     assert managers[1].restore_state() == 1
-    with full_disk():
-        managers[0].save_state(2)
-        assert managers[1].restore_state() == 1
-    with pytest.raises(CheckpointError, match="Saving step 2 .* has failed"):
+    for size in (10_000, 0):
+        with full_disk(size), pytest.raises(CheckpointError, match="Saving step 2 .* has failed"):
+            managers[0].save_state(2)
+            assert managers[1].restore_state() == 1
+            managers[0].wait_until_finished()
         managers[0].wait_until_finished()
-    managers[0].wait_until_finished()
+        assert names(tmp_path) == ["0", "1"]
+    assert commit(managers[0], 2).all_steps() == [0, 1, 2] and managers[1].restore_state() == 2
 
 
 def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
@@ -1449,8 +1508,7 @@ def test_bucket_serves_as_a_directory_does():
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("with TensorFlow, Orbax reaches buckets through it, and that does not find the emulator")
     port = free_port()
-    address = f"http://localhost:{port}"
-    variables = dict.fromkeys(["STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"], address)
+    variables = dict.fromkeys(["STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"], f"http://localhost:{port}")
     variables |= {"FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
     command = [sys.executable, __file__, "emulator", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -1459,23 +1517,21 @@ def test_bucket_serves_as_a_directory_does():
             with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
                 break
             time.sleep(0.1)
-        lines = script("bucket_cycle", "gs://bucket/ckpt", env={**os.environ, **variables}).stdout.splitlines()
+        script("bucket_cycle", "gs://bucket/ckpt", env={**os.environ, **variables})
     finally:
         server.kill()
         server.wait()
-    cycle = json.loads(lines[-1])
-    assert cycle["exit codes"] == [-signal.SIGKILL, 143]
-    assert cycle["after kill"] == ["0"]
-    assert cycle["after term"] == ["0", "1", "2"]  # the last one inside its epoch
-    assert cycle["resumed"] == ["1", "2", "3"]  # three are kept, leftovers are gone
-    assert cycle["after damage"] == ["1", "2", "3", "3.damaged"]
-    assert "Step 2 is restored" in cycle["warning"] and "Digest mismatch" in cycle["warning"]
-    assert cycle["codes"] == [0, 1]
-    row = re.split("  +", next(line for line in cycle["table"] if line.startswith("2 ")))
-    assert row[1:3] == ["3", "end"] and float(row[4].removesuffix(" kB")) > 0
-    missing, s3 = cycle["refused"]
-    assert re.match("OSError: .*checkpoint_dir='gs://missing-bucket/x' cannot be reached or written to", missing)
-    assert re.match("ValueError: checkpoint_dir='s3://bucket/x': of URLs only gs://", s3)
+
+
+def test_folders_of_the_user_that_are_named_like_parts_of_a_step_are_left_alone(tmp_path):
+    for name in ("1/run/thesis.txt", "2/metrics/a.csv", "7/default/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("mine")
+    save(dense_model(), tmp_path / "3/run", 0, 1)
+    before = contents(tmp_path)
+    manager = save(dense_model(), tmp_path, 5)
+    assert manager.restore_state() == 5
+    assert before.items() <= contents(tmp_path).items() and names(tmp_path) == ["1", "2", "3", "5", "7"]
 
 
 # -------------------------------------------------------------------------------------------- P4: the rest of the run
@@ -1498,31 +1554,18 @@ Point = collections.namedtuple("Point", "x y")
 
 def states():  # a function, because processes are forked from this module, in which JAX must not run yet
     return {
-        "dict": {("a", 1): [1, (2.5, None)], "b": {True: "x"}},
-        "defaultdict": collections.defaultdict(list, {"a": [1]}),
-        "Counter": collections.Counter("abca"),
-        "OrderedDict": collections.OrderedDict(b=1, a=2),
-        "set": {3},
-        "frozenset": frozenset([3]),
-        "deque": collections.deque([1, 2], maxlen=3),
-        "bytes": b"\x00\xff",
-        "floats": [float("inf"), -0.0, 1e-323],
-        "date": datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
-        "jax": jax.numpy.arange(3.0),
-        "jax bfloat16": jax.numpy.ones((2, 3), "bfloat16"),
-        "large": np.arange(5000.0),
-        "large text": np.array(["a" * 3000, "b"]),
-        "bfloat16": np.arange(6).astype(jax.numpy.bfloat16).reshape(2, 3),
-        "big-endian": np.arange(3, dtype=">i4"),
-        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "empty": np.zeros((0, 3)),
-        "no axes": np.array(2.5),
-        "scalar": np.float32(0.1),
+        "dict": {("a", 1): [1, (2.5, None)], "b": {True: "x"}}, "set": {3}, "frozenset": frozenset([3]),
+        "defaultdict": collections.defaultdict(list, {"a": [1]}), "Counter": collections.Counter("abca"),
+        "OrderedDict": collections.OrderedDict(b=1, a=2), "deque": collections.deque([1, 2], maxlen=3),
+        "bytes": b"\x00\xff", "floats": [float("inf"), -0.0, 1e-323], "operation": keras.ops.less,
+        "date": datetime.datetime(2026, 1, 2, 3, 4, 5, 6), "times": np.array(["2020-01-01", "NaT"], "datetime64[D]"),
+        "jax": jax.numpy.arange(3.0), "jax bfloat16": jax.numpy.ones((2, 3), "bfloat16"),
+        "large": np.arange(5000.0), "large text": np.array(["a" * 3000, "b"]), "text": np.array(["a", "bc"]),
+        "bfloat16": np.arange(6).astype(jax.numpy.bfloat16).reshape(2, 3), "big-endian": np.arange(3, dtype=">i4"),
+        "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "empty": np.zeros((0, 3)),
+        "no axes": np.array(2.5), "scalar": np.float32(0.1),
         "structured": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
-        "text": np.array(["a", "bc"]),
-        "times": np.array(["2020-01-01", "NaT"], "datetime64[D]"),
-        "operation": keras.ops.less,
-    }
+    }  # fmt: skip
 
 
 def assert_same(one, other):
@@ -1566,70 +1609,34 @@ class Keeper:
         self.state = state
 
 
-def keep(directory, state, model=None):
-    model = model or dense_model()
-    fit(model, 1, callback(model, directory, stateful=[Keeper(state)]))
-
-
-def kept(directory):
-    keeper, model = Keeper(), dense_model()
+def keep(directory, state=None):
+    """Saves a state, or brings back the one that was saved. The values of the model, and the state."""
+    model, keeper = dense_model(), Keeper(state)
     fit(model, 1, callback(model, directory, stateful=[keeper]))
-    return keeper.state
+    return values(model), keeper.state
 
 
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path):
-    keep(tmp_path / "many", [np.array([i, -i]) for i in range(10_050)])
-    assert [array.tolist() for array in kept(tmp_path / "many")] == [[i, -i] for i in range(10_050)]
-    keep(tmp_path / "small", {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")})
-    back = kept(tmp_path / "small")
-    assert back["random"].tolist() == list(range(624)) and back[3] == (1.5, None, b"x")
+    many = [np.array([i, -i]) for i in range(10_050)]
+    small = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
+    for name, state in (("many", many), ("small", small)):
+        keep(tmp_path / name, state)
+        assert_same(keep(tmp_path / name)[1], state)
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
-
-
-UNSAVEABLE = {
-    "named tuple": lambda: Point(1, 2),
-    "object": object,
-    "array of objects": lambda: np.array([object()]),
-    "masked array": lambda: np.ma.array([1]),
-    "lock": threading.Lock,
-    "key": lambda: jax.random.key(0),
-    "variable": lambda: keras.Variable(1.0),
-    "enumeration": lambda: signal.SIGTERM,
-    "metric": lambda: keras.metrics.Mean(),
-}
-
-
-@pytest.mark.parametrize("kind", UNSAVEABLE)
-def test_attributes_that_cannot_be_saved_are_refused_by_name_when_the_callback_is_made(kind, tmp_path):
-    member = keras.callbacks.Callback()
-    member.odd = [UNSAVEABLE[kind]()]
-    with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"):
-        callback(dense_model(), tmp_path, stateful=[member])
 
 
 def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path):
     model, patience = dense_model(), keras.callbacks.EarlyStopping("loss")
-    before = values(model)
-    for refused, error, fragment in [
-        ([object()], TypeError, "stateful[0] (object) has neither get_state"),
-        ([patience, on(on_epoch_end=object())], TypeError, "stateful[1] (LambdaCallback) cannot be saved: a object"),
-        (patience, ValueError, "give a list or tuple"),
-    ]:
-        with pytest.raises(error, match=re.escape(fragment)):
-            callback(model, tmp_path, stateful=refused)
-    logger = keras.callbacks.CSVLogger(str(tmp_path / "log.csv"))
+    logger, before = keras.callbacks.CSVLogger(str(tmp_path / "log.csv")), values(model)
     with pytest.raises(TypeError, match=r"attribute '.*' of stateful\[0\] \(CSVLogger\) cannot be saved"):
         fit(model, 1, logger, callback(model, tmp_path / "new", stateful=[logger]))
     logger.csv_file.close()
     assert_equal(values(model), before)
     fit(model, 1, patience, callback(model, tmp_path / "ckpt", stateful=[patience]))
-    before, there = values(model), contents(tmp_path / "ckpt")
     message = r"saved with stateful=\['EarlyStopping'\], but now stateful=\["
     for given in ([], [keras.callbacks.ReduceLROnPlateau("loss")]):
-        with pytest.raises(CheckpointMismatchError, match=message):
+        with unchanged(model, tmp_path / "ckpt"), pytest.raises(CheckpointMismatchError, match=message):
             fit(model, 2, callback(model, tmp_path / "ckpt", stateful=given))
-    assert_equal(values(model), before)
-    assert contents(tmp_path / "ckpt") == there
     save(model, tmp_path / "by hand")
     with pytest.warns(UserWarning, match="holds no stateful objects: .'EarlyStopping'. start from"):
         fit(model, 2, patience, callback(model, tmp_path / "by hand", stateful=[patience]))
@@ -1695,21 +1702,24 @@ def test_resumable_goes_on_at_the_first_batch_that_was_not_trained_on(kind, numb
 
 
 def test_resumable_serves_two_fits_of_one_process(tmp_path):
+    def script(epochs, batches, *callbacks):
+        options = {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}
+        model.fit(batches, epochs=epochs, callbacks=list(callbacks), **options)
+        return values(model)
+
     seed(3)
-    reference, options = dense_model(), {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}
-    reference.fit(over_and_over(Draws), epochs=4, **options)
+    model = dense_model()
+    expected = script(4, over_and_over(Draws))
     seed(3)
     model = dense_model()
     checkpoint = callback(model, tmp_path)
     batches = checkpoint.resumable(Draws())
-    for epochs in (2, 3):
-        model.fit(batches, epochs=epochs, callbacks=[checkpoint], **options)
-    model.fit(checkpoint.resumable(Draws()), epochs=4, callbacks=[checkpoint], **options)  # anew
-    assert_equal(values(model), values(reference))
+    script(2, batches, checkpoint)
+    script(3, batches, checkpoint)
+    assert_equal(script(4, checkpoint.resumable(Draws()), checkpoint), expected)  # anew
 
 
-def test_resumable_refuses_what_it_cannot_follow(tmp_path):
-    model = dense_model()
+def test_resumable_refuses_what_it_cannot_follow(tmp_path, model):
     checkpoint, options = callback(model, tmp_path), {"verbose": 0, "shuffle": False}
     for data in (iter([]), [1], object(), X):
         with pytest.raises(TypeError, match="give an iterator with get_state and set_state"):
@@ -1717,50 +1727,93 @@ def test_resumable_refuses_what_it_cannot_follow(tmp_path):
     for stateful in (Draws(), Loader()):
         with pytest.raises(TypeError, match=r"stateful\[0\] .* is a data iterator.*checkpoint.resumable"):
             callback(model, tmp_path, stateful=[stateful])
-    batches, before = checkpoint.resumable(Draws()), values(model)
-    with pytest.raises(ValueError, match="what it returned was not passed to fit"):
+    batches = checkpoint.resumable(Draws())
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="what it returned was not passed to fit"):
         fit(model, 1, checkpoint)
-    with pytest.raises(ValueError, match="steps_per_epoch was not"):
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match="steps_per_epoch was not"):
         model.fit(batches, callbacks=[checkpoint], **options)
-    assert_equal(values(model), before)
     model.fit(checkpoint.resumable(Draws()), steps_per_epoch=3, callbacks=[checkpoint], **options)
     with pytest.raises(CheckpointMismatchError, match=r"fit read checkpoint.resumable\(data\) then"):
         fit(model, 2, callback(model, tmp_path))
 
 
-class Recorded(keras.Model):
-    """Writes down what it is trained on."""
-
-    seen = []  # noqa: RUF012
-
-    def train_step(self, state, data):
-        jax.experimental.io_callback(self.write_down, None, data[0][:, 0], ordered=True)
-        return super().train_step(state, data)
-
-    def write_down(self, numbers):
-        self.seen.extend(int(number) for number in numbers)
-
-
-def test_every_record_of_a_grain_iterator_is_trained_on_exactly_once_per_pass(tmp_path):
-    for place in [(0, "train", 2), (1, "train", 3), (2, "train", 6), None]:
-        model = compiled(Recorded(inputs := keras.Input((6,)), layers.Dense(1)(inputs)))
-        checkpoint, data = callback(model, tmp_path, save_freq=3), grain_batches(True)
-        data["x"] = checkpoint.resumable(data["x"])
+def test_callback_that_was_used_before_comes_back_as_in_a_new_process(tmp_path):
+    def run(directory, stopping, epochs=9, place=None):
+        seed(3)
+        model = dense_model()
+        checkpoint = callback(model, directory, save_freq=3, stateful=[stopping])
+        rising = on(on_epoch_begin=lambda epoch, logs: model.optimizer.learning_rate.assign(0.0))
         with contextlib.suppress(SystemExit):
-            model.fit(**data, epochs=3, verbose=0, callbacks=[checkpoint, At(place)])
-    assert len(Recorded.seen) == 3 * SIZE
-    for start in range(0, 3 * SIZE, SIZE):
-        assert sorted(Recorded.seen[start : start + SIZE]) == list(range(SIZE))
+            fit(model, epochs, stopping, checkpoint, rising, At(place, fail) if place else At())
+        return stopping.wait, stopping.best, model.history.epoch
+
+    def stopping():
+        return keras.callbacks.EarlyStopping("loss", patience=4)
+
+    expected = run(tmp_path / "at once", stopping())
+    used = stopping()
+    for place in [(3, "train", 2), (4, "train", 0)]:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            run(tmp_path / "again", used, place=place)
+    shutil.copytree(tmp_path / "again", tmp_path / "new process")
+    assert run(tmp_path / "again", used) == run(tmp_path / "new process", stopping()) == expected
+
+
+def test_iterator_that_is_used_again_starts_over_from_its_own_beginning(tmp_path):
+    def run(directory, iterator, *others):
+        seed(3)
+        model = dense_model()
+        checkpoint = callback(model, directory, save_freq=1)
+        options = {"steps_per_epoch": 4, "epochs": 3, "shuffle": False, "verbose": 0}
+        model.fit(checkpoint.resumable(iterator), callbacks=[checkpoint, *others], **options)
+        return values(model)
+
+    iterator = Draws()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        run(tmp_path / "again", iterator, At((0, "train", 3), fail))
+    assert_equal(run(tmp_path / "again", iterator), run(tmp_path / "at once", Draws()))
+
+
+def test_generators_of_python_and_numpy_in_objects_come_back(tmp_path):
+    keep(tmp_path, [random.Random(1), np.random.RandomState(2)])
+    back = kept(tmp_path)
+    assert [back[0].random(), back[1].random()] == [random.Random(1).random(), np.random.RandomState(2).random()]
+
+
+def test_state_that_can_be_saved_no_more_is_named_and_earlier_saves_stay(tmp_path):
+    model, member = dense_model(), keras.callbacks.Callback()
+    member.parts = [1]
+
+    def spoil(epoch, logs=None):
+        if epoch == 1:
+            member.parts = [object()]
+
+    with pytest.raises(TypeError, match=r"attribute 'parts' of stateful\[0\] \(Callback\) cannot be saved"):
+        fit(model, 3, callback(model, tmp_path, stateful=[member]), on(on_epoch_end=spoil))
+    assert names(tmp_path) == ["0"]
+
+
+def test_resumable_says_that_its_data_is_empty_or_that_fit_trains_on_other_batches(tmp_path):
+    model = dense_model()
+    options = {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
+    checkpoint, empty = callback(model, tmp_path / "empty"), Draws()
+    empty.next_index = 5
+    with pytest.raises(ValueError, match=r"resumable\(Draws\): it is empty"):
+        model.fit(checkpoint.resumable(empty), callbacks=[checkpoint], **options)
+    checkpoint = callback(model, tmp_path / "twice")
+    twice = (batch for batch in checkpoint.resumable(Draws()) for _ in range(2))
+    with pytest.raises(ValueError, match=r"trained on 4 batches, but resumable\(Draws\) has given only [23]"):
+        model.fit(twice, callbacks=[checkpoint], **options)
 
 
 # ---------------------------------------------------------------------------------------------- P5: no silent miss
 
 
-def test_step_numbers_and_retention(tmp_path):
-    model = dense_model()
+def test_step_numbers_and_retention(tmp_path, model):
     checkpoint = callback(model, tmp_path / "epochs", 2, 10)
     fit(model, 4, checkpoint)
     assert checkpoint.checkpoint_manager.all_steps() == [20, 30]
+    assert checkpoint.checkpoint_manager.best_step() is None  # without a monitor
     assert names(tmp_path / "epochs") == ["20", "30"]
     checkpoint = callback(model, tmp_path / "batches", None, save_freq=np.int64(3))
     fit(model, 2, checkpoint)  # of four batches
@@ -1795,82 +1848,53 @@ def test_options_of_orbax_get_through(tmp_path):
     assert names(tmp_path / "plain") == ["2"]
 
 
-MONITORED = [  # mode, options, losses, the steps that are kept
-    ("min", {"max_to_keep": 2}, [3, 1, 2, 4, 5], [1, 2, 4]),
-    ("max", {"max_to_keep": 2}, [3, 5, 2, 4, 1], [1, 3, 4]),
-    ("auto", {"max_to_keep": 2}, [3, 1, float("nan"), 4, 5], [0, 1, 4]),
-    ("min", {"max_to_keep": 1, "keep_period": 4}, [5, 4, 1, 3, 2, 6, 7], [0, 2, 4, 6]),
+MONITORED = [  # mode, options, losses, the steps that are kept, the best one
+    ("min", {"max_to_keep": 2}, [3, 1, 2, 4, 5], [1, 2, 4], 1),
+    ("max", {"max_to_keep": 2}, [3, 5, 2, 4, 1], [1, 3, 4], 1),
+    ("auto", {"max_to_keep": 2}, [3, 1, float("nan"), 4, 5], [0, 1, 4], 1),
+    ("min", {"max_to_keep": 1, "keep_period": 4}, [5, 4, 1, 3, 2, 6, 7], [0, 2, 4, 6], 2),
+    ("min", {"max_to_keep": 1}, [None, None, None, 2, 1, 3], [4, 5], 4),  # the first are saved without a monitor
 ]
 
 
-@pytest.mark.parametrize(("mode", "options", "losses", "kept"), MONITORED, ids=str)
-def test_monitor_keeps_the_best_and_the_newest(mode, options, losses, kept, tmp_path):
-    options |= {"monitor": "loss", "mode": mode}
-    save(model := dense_model(), tmp_path, *range(3), losses=losses[:3], **options)
-    again = save(model, tmp_path, *range(3, len(losses)), losses=losses[3:], **options)  # by values on disk
-    assert again.all_steps() == kept
-    best = losses.index(max(losses) if mode == "max" else min(losses))
-    assert again.best_step() == best and record_of(tmp_path / str(best))["metrics"] == {"loss": losses[best]}
+@pytest.mark.parametrize(("mode", "options", "losses", "kept", "best"), MONITORED, ids=str)
+def test_monitor_keeps_the_best_and_the_newest_and_all_agree(mode, options, losses, kept, best, tmp_path, model):
+    saved, options = [], {"monitor": "loss", "mode": mode, **options}
+    for epoch, loss in enumerate(losses):
+        if epoch in (0, 3):  # anew: by values on disk
+            manager = KerasOrbaxCheckpointManager(model, tmp_path, **({} if loss is None else options))
+        model.layers[0].bias.assign(np.full(400, epoch))
+        saved.append(values(model))
+        commit(manager, epoch, losses=[loss])
+    fresh = KerasOrbaxCheckpointManager(model, tmp_path)
+    assert manager.all_steps() == fresh.all_steps() == kept
+    assert manager.best_step() == fresh.best_step() == fresh.restore_state("best") == best
+    assert_equal(values(model), saved[best])
+    assert_equal(values(load_model(tmp_path, step="best")), saved[best])
+    assert record_of(tmp_path / str(best))["metrics"] == {"loss": losses[best]}
+    assert [line.split()[0] for line in command_line(tmp_path)[1] if "best" in line] == [str(best)]
 
 
-def test_monitor_direction_comes_from_the_metrics_or_is_asked_for(tmp_path):
-    model = stacked(layers.Dense(1), metrics=["accuracy", "mae"])
+def test_monitor_direction_comes_from_the_metrics(tmp_path):
+    model, new = (stacked(layers.Dense(1), metrics=["accuracy", "mae"]) for _ in range(2))
     fit(model, 1)
     for metric, best in (("val_accuracy", 1), ("loss", 0)):
-        manager = KerasOrbaxCheckpointManager(model, tmp_path / metric, monitor=metric)
-        for epoch in range(2):
-            manager.save_state(epoch, metrics={metric: epoch})
-        manager.wait_until_finished()
+        manager = save(model, tmp_path / metric, 0, 1, losses=[0, 1], metric=metric, monitor=metric)
         assert manager.best_step() == best
-    new = stacked(layers.Dense(1), metrics=["accuracy", "mae"])  # before its first fit, it does not know them
+    # Before its first fit, it does not know them.
     assert KerasOrbaxCheckpointManager(new, tmp_path / "val_accuracy", monitor="val_accuracy").best_step() == 1
-    with pytest.raises(ValueError, match='mode="max" or mode="min"'):
-        fit(model, 1, callback(model, tmp_path / "unknown", monitor="val_unheard_of"))
     with pytest.warns(UserWarning, match="'val_loss' is not among the metrics of step 0.*'loss'"):
         fit(model, 1, callback(model, tmp_path / "absent", monitor="val_loss"))
 
 
-def test_old_steps_take_part_in_retention_by_a_monitor_that_is_new(tmp_path):
-    save(model := dense_model(), tmp_path, 0, 1, 2)
-    options = {"max_to_keep": 1, "monitor": "loss", "mode": "min"}
-    assert save(model, tmp_path, 3, 4, 5, losses=[2.0, 1.0, 3.0], **options).all_steps() == [4, 5]
-
-
-@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 2)])
-def test_best_step_is_the_same_everywhere(mode, best, tmp_path):
-    model, saved = dense_model(), []
-    for epoch, loss in enumerate([2.0, 1.0, 3.0, float("nan")]):
-        fit(model, 1)
-        saved.append(values(model))
-        manager = save(model, tmp_path, epoch, losses=[loss], max_to_keep=None, monitor="loss", mode=mode)
-    fresh = KerasOrbaxCheckpointManager(model, tmp_path)
-    assert manager.best_step() == fresh.best_step() == best
-    assert fresh.restore_state("best") == manager.restore_state("best") == best
-    assert_equal(values(model), saved[best])
-    assert_equal(values(load_model(tmp_path, step="best")), saved[best])
-    assert [line[0] for line in command_line(tmp_path)[1] if "best" in line] == [str(best)]
-
-
-def test_no_best_step_is_said_clearly(tmp_path):
-    manager = save(dense_model(), tmp_path)
-    assert manager.best_step() is None
-    for best in (lambda: manager.restore_state("best"), lambda: load_model(tmp_path, "best")):
-        with pytest.raises(CheckpointError, match="No checkpoint in .* is known as the best one"):
-            best()
-
-
-def test_step_that_another_manager_has_saved_since_is_refused_and_nothing_is_deleted(tmp_path):
-    model = dense_model()
+def test_step_that_another_manager_has_saved_since_is_refused_and_nothing_is_deleted(tmp_path, model):
     earlier = KerasOrbaxCheckpointManager(model, tmp_path, 1)
     save(model, tmp_path, 3)
-    before = contents(tmp_path)
     assert earlier.latest_step() == 3
     for epoch in (2, 3):
-        with pytest.raises(ValueError, match=f"Step {epoch} is not above 3, the newest"):
+        with unchanged(model, tmp_path), pytest.raises(ValueError, match=f"Step {epoch} is not above 3, the newest"):
             earlier.save_state(epoch)
-    assert contents(tmp_path) == before
-    assert earlier.save_state(4)
-    earlier.wait_until_finished()
+    commit(earlier, 4)
     assert names(tmp_path) == ["4"]
 
 
@@ -1901,18 +1925,6 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, public
     assert [manager.restore_state(step) for step in manager.all_steps()] == manager.all_steps()
     fit(again, 4, checkpoint)
     assert manager.all_steps() == [0, 1, 2, 3]
-
-
-def test_failed_saves_on_a_full_disk_leave_nothing_and_the_next_save_works(tmp_path):
-    manager = save(dense_model(20_000), tmp_path)
-    for size in (10_000, 0):
-        with full_disk(size), pytest.raises(CheckpointError, match="Saving step 1 .* has failed"):
-            manager.save_state(1)
-            manager.wait_until_finished()
-        assert names(tmp_path) == ["0"]
-    assert manager.save_state(1)
-    manager.wait_until_finished()
-    assert manager.all_steps() == [0, 1] and manager.restore_state() == 1
 
 
 @STRACE
@@ -1955,15 +1967,12 @@ def test_deletion_that_fails_is_a_warning_and_its_rest_no_damage(tmp_path, monke
             raise OSError(16, "Device or resource busy")
         return rmtree(path, *args, **kwargs)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="could not be deleted.*busy"):
         patch.setattr(type(epath.Path("/")), "rmtree", refuse)
-        manager.save_state(1)
-        with pytest.warns(UserWarning, match="could not be deleted.*busy"):
-            manager.wait_until_finished()
+        commit(manager, 1)
     assert (tmp_path / "0").is_dir() and manager.restore_state() == 1
     assert is_intact(tmp_path)
-    manager.save_state(2)
-    manager.wait_until_finished()
+    commit(manager, 2)
     assert names(tmp_path) == ["2"]
 
 
@@ -1979,44 +1988,34 @@ def assert_nothing_left(model, before):
 
 @pytest.mark.parametrize("is_last", [False, True])
 def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(is_last, trained, tmp_path):
-    def compile_anew(epoch, logs=None):
-        if epoch == 4:
-            model.compile("sgd", "mse")  # after which fit has no train function
-
-    def interrupt(epoch, logs=None):
-        if epoch == 4:
-            raise KeyboardInterrupt
-
-    def mine(number, frame):
-        raise AssertionError("not called")
-
+    interrupt = on(on_epoch_begin=lambda epoch, logs: epoch == 4 and signal.default_int_handler(signal.SIGINT, None))
+    anew = on(on_epoch_begin=lambda epoch, logs: epoch == 4 and model.compile("sgd", "mse"))  # then it cannot train
     cases = {  # the other callback, and the steps on disk afterwards
-        "nothing to do": (None, [0, 1, 2]),
-        "on_train_begin": (on(on_train_begin=fail), [0, 1, 2]),
-        "on_epoch_begin": (on(on_epoch_begin=interrupt), [0, 1, 2, 3]),
-        "on_epoch_end": (on(on_epoch_end=fail), [0, 1, 2]),
-        "on_train_end": (on(on_train_end=fail), [0, 1, 2, 3, 4]),
-        "compiled anew": (on(on_epoch_begin=compile_anew), [0, 1, 2, 3]),
+        "nothing to do": (None, ["0", "1", "2"]),
+        "on_train_begin": (on(on_train_begin=fail), ["0", "1", "2"]),
+        "on_epoch_begin": (interrupt, ["0", "1", "2", "3"]),
+        "on_epoch_end": (on(on_epoch_end=fail), ["0", "1", "2"]),
+        "on_train_end": (on(on_train_end=fail), ["0", "1", "2", "3", "4"]),
+        "compiled anew": (anew, ["0", "1", "2", "3"]),
     }
     for name, (other, steps) in cases.items():
         model, directory = dense_model(), shutil.copytree(trained[1], tmp_path / name)
         signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM)
         checkpoint = callback(model, directory, preemption_signals=signals)
         callbacks = [checkpoint, other] if is_last else [other, checkpoint]
-        with handling(signal.SIGTERM, mine):
+        with handling(signal.SIGTERM, lambda number, frame: pytest.fail("it is called")):
             before = handlers()
             with pytest.raises((RuntimeError, TypeError, KeyboardInterrupt)) if other else contextlib.nullcontext():
                 fit(model, 5 if other else 0, *filter(None, callbacks))
             assert_nothing_left(model, before)
-        assert names(directory) == [str(step) for step in steps]
+        assert names(directory) == steps
         model.compile("adam", "mse")
         assert fit(model, 1).epoch == [0]
         fit(model, 6, checkpoint)
         assert fit(model, 2).epoch == [0, 1]
 
 
-def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path):
-    model = dense_model()
+def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path, model):
     try:
         raise KeyError("something else")
     except KeyError:
@@ -2032,33 +2031,69 @@ def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path):
     assert raised.value.code == 143
 
 
+def test_newest_step_is_kept_beside_the_best_by_a_function(tmp_path):
+    for epochs in (2, 4):
+        model = dense_model()
+        options = {"best_fn": lambda metrics: -metrics["loss"], "best_mode": "min"}  # the first is the best
+        fit(model, epochs, callback(model, tmp_path, 1, **options), at := At())
+        assert at.heard[0] == (epochs - 2, 0)
+    assert names(tmp_path) == ["0", "3"]
+
+
+def test_monitor_and_an_interval_of_time_keep_their_steps_together(tmp_path):
+    options = {"monitor": "loss", "mode": "min", "max_to_keep": 1, "keep_time_interval": datetime.timedelta(days=1)}
+    assert save(dense_model(), tmp_path, *range(4), losses=[4.0, 1.0, 3.0, 2.0], **options).all_steps() == [0, 1, 3]
+
+
+def test_error_in_fit_is_raised_and_the_failure_of_the_last_save_is_a_warning(tmp_path):
+    model = stacked(layers.Dense(40_000), layers.Dense(1))
+    with contextlib.ExitStack() as stack, pytest.warns(UserWarning, match="The last save failed as well"):
+        full = on(on_epoch_begin=lambda epoch, logs: epoch or stack.enter_context(full_disk(100_000)))
+        with pytest.raises(RuntimeError, match="on purpose"):
+            fit(model, 2, callback(model, tmp_path), full, At((1, "train", 0), fail))
+
+
+def test_state_is_saved_and_restored_inside_a_batch(tmp_path):
+    model = dense_model()
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+
+    def at_batch(batch, logs=None):
+        if batch == 2:
+            manager.save_state(0)
+            assert manager.restore_state() == 0
+
+    fit(model, 1, on(on_train_batch_end=at_batch))
+    assert record_of(tmp_path / "0")["position"]["epoch"] == 1
+
+
 # -------------------------------------------------------------------------------------- P6: no silent wrong restore
 
 
-def test_mismatch_lists_every_difference_and_changes_nothing(trained):
-    _, directory = trained
+def test_one_error_lists_every_difference_those_of_weights_before_those_of_the_optimizer(directory):
     model = stacked(layers.Dense(5), layers.Dense(1), layers.Dense(2, name="extra"))
-    before, there = values(model), contents(directory)
-    with pytest.raises(CheckpointMismatchError) as raised:
-        restore(model, directory)
+    with unchanged(model, directory), pytest.raises(CheckpointMismatchError) as raised:
+        fit(model, 5, callback(model, directory, stateful=[STOPPING]))
     message = str(raised.value)
     for fragment in (
-        "was saved as (6, 400), the model has (6, 5)", "extra/kernel", "more", "Nothing was changed", "strict=False"
+        "was saved as (6, 400), the model has (6, 5)", "extra/kernel", "more", "Nothing was changed", "strict=False",
+        "- it was saved with stateful=[], but now stateful=['EarlyStopping'] was passed",
     ):  # fmt: skip
         assert fragment in message
+    groups = re.findall(r"(?m)^  - (\w+):", message)
     assert message.count("\n  - ") == 11  # ten, and how many more
+    assert groups == ["trainable_variables"] * 5 + ["non_trainable_variables"] + ["optimizer_variables"] * 3
     assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, ValueError)
-    assert_equal(values(model), before)
-    assert contents(directory) == there
 
 
-def test_state_saved_with_x64_is_a_mismatch_without_and_other_variables_of_64_bits_are_restored(tmp_path):
+def test_variables_of_64_bits_without_x64_and_those_without_elements_are_restored_and_those_with_x64_refused(tmp_path):
+    specs = {"count": ((), "int64"), "nothing": ((0, 3), "float32")}  # the second kept apart from Orbax
+    build = lambda: stacked(layers.Dense(4, dtype="float64"), holder(specs), layers.Dense(1))  # noqa: E731
     jax.config.update("jax_enable_x64", True)
     try:
-        save(wide_types(), tmp_path / "x64")
+        save(build(), tmp_path / "x64")
     finally:
         jax.config.update("jax_enable_x64", False)
-    saved, model = wide_types(), wide_types()
+    saved, model = build(), build()
     with pytest.raises(CheckpointMismatchError, match="was saved as float64, the model has float32"):
         restore(model, tmp_path / "x64")
     assert names(tmp_path / "x64") == ["0"]
@@ -2068,46 +2103,37 @@ def test_state_saved_with_x64_is_a_mismatch_without_and_other_variables_of_64_bi
     assert_equal(values(model), values(saved))
 
 
-class Holder(layers.Layer):
-    """Has variables that are not trained, by names, shapes and dtypes."""
+class Given(layers.Layer):
+    """Has the variables that a function gives it."""
 
-    def __init__(self, specs, **kwargs):
+    def __init__(self, give, **kwargs):
         super().__init__(**kwargs)
-        self.specs = specs
+        self.give = give
 
     def build(self, shape):
-        for name, (shape, dtype) in self.specs.items():
-            setattr(self, name, self.add_weight(shape=shape, dtype=dtype, name=name, trainable=False))
+        self.give(self)
 
     def call(self, x):
         return x
 
 
-def wide_types():
-    return stacked(layers.Dense(4, dtype="float64"), Holder({"count": ((), "int64")}), layers.Dense(1))
-
-
-def test_variables_without_elements_are_kept_apart_from_orbax(tmp_path):
-    saved, model = (stacked(Holder({"nothing": ((0, 3), "float32")}), layers.Dense(1)) for _ in range(2))
-    save(saved, tmp_path)
-    assert restore(model, tmp_path) == 0
-    assert_equal(values(model), values(saved))
+def holder(specs):
+    """A layer with variables that are not trained, by names, shapes and dtypes."""
+    weights = [{"name": name, "shape": shape, "dtype": dtype} for name, (shape, dtype) in specs.items()]
+    return Given(lambda layer: [layer.add_weight(**each, trainable=False) for each in weights])
 
 
 def test_weights_only_leaves_the_optimizer_alone_and_helps_where_it_is_another(trained):
     reference, directory = trained
-    model, weights = dense_model(), values(reference, optimizer=False)
-    before = [np.array(variable.value) for variable in model.optimizer.variables]
-    restore(model, directory, weights_only=True)
-    assert_equal(values(model, optimizer=False), weights)
-    assert_equal([np.array(variable.value) for variable in model.optimizer.variables], before)
-    inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
-    other = dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
+    weights, other = values(reference, optimizer=False), dense_model(optimizer=keras.optimizers.SGD(momentum=0.9))
     with pytest.raises(CheckpointMismatchError, match="(?s)but other optimizer variables.*weights_only=True"):
         fit(other, 4, callback(other, directory))
-    for model in (inference, other):  # the first was never compiled
+    inference = keras.Sequential([keras.Input((6,)), layers.Dense(400), layers.Dropout(0.3), layers.Dense(1)])
+    for model in (dense_model(), other, inference):  # the last was never compiled
+        before = values(model)
         restore(model, directory, weights_only=True)
         assert_equal(values(model, optimizer=False), weights)
+        assert_equal(values(model)[len(weights) :], before[len(weights) :])
 
 
 def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_it_needs(tmp_path):
@@ -2116,22 +2142,36 @@ def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_
     with open(data_file(tmp_path / "0"), "r+b") as file:  # the middle of it is the head's kernel
         file.seek(200_000)
         file.write(bytes(200_000))
-    with pytest.raises(CheckpointCorruptError):
+    with unchanged(saved, tmp_path), pytest.raises(CheckpointCorruptError, match="the model is as it was"):
         restore(saved, tmp_path)
-    head = np.array(model.layers[-1].kernel.value)
+    head = model.layers[-1].get_weights()[:1]
     with pytest.warns(UserWarning, match=r"(?s)restored partially.*\(500, 300\), the model has \(500, 200\)"):
         restore(model, tmp_path, strict=False)
-    assert_equal([np.array(model.layers[0].kernel.value)], [np.array(saved.layers[0].kernel.value)])
-    assert_equal([np.array(model.layers[-1].kernel.value)], [head])
+    assert_equal(model.layers[0].get_weights(), saved.layers[0].get_weights())
+    assert_equal(model.layers[-1].get_weights()[:1], head)
+    with pytest.raises(CheckpointCorruptError) as caught:
+        restore(saved, tmp_path, donate=True)
+    assert "as it was" not in str(caught.value)
 
 
-def test_donate_restores_the_same_and_frees_the_old_arrays(trained):
+def test_donate_restores_the_same_and_frees_the_old_arrays(trained, model):
     reference, directory = trained
-    model = dense_model()
     old = [variable.value for variable in model.variables]
     restore(model, directory, donate=True)
     assert_equal(values(model), values(reference))
     assert all(array.is_deleted() for array in old)
+
+
+def test_assets_that_differ_from_the_saved_ones_are_a_mismatch(tmp_path):
+    def model(*words):
+        layer = Vocabulary(name="words")
+        layer.words = words
+        return stacked(layer, layers.Dense(1))
+
+    save(model("one", "two"), tmp_path)
+    assert restore(model("one", "two"), tmp_path) == 0
+    with pytest.raises(CheckpointMismatchError, match="assets: those of layer 'words'"):
+        restore(model("one"), tmp_path)
 
 
 # --------------------------------------------------------------------------------------------- P7: no silent damage
@@ -2143,14 +2183,6 @@ def remove(path):
 
 def garble(path):
     path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
-
-
-def truncate(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def empty(path):
-    os.truncate(path, 0)
 
 
 def half_copied(step):
@@ -2167,14 +2199,17 @@ def edit_record(step, old, new):
     path.write_text(text.replace(old, new))
 
 
+SPOILS = {
+    "removed": remove,
+    "empty": lambda path: os.truncate(path, 0),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "garbled": garble,
+}
+PARTS = ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt")
 DAMAGES = {
     "flipped bit": lambda step: flip(data_file(step)),
-    **{
-        f"{name} {how.__name__}": lambda step, name=name, how=how: how(step / name)
-        for how in (remove, empty, truncate, garble)
-        for name in ("_CHECKPOINT_METADATA", "default/_METADATA", "default/manifest.ocdbt")
-    },
-    **{f"data {how.__name__}": lambda step, how=how: how(data_file(step)) for how in (remove, empty, truncate, garble)},
+    **{f"{name} {how}": lambda step, name=name, how=how: SPOILS[how](step / name) for how in SPOILS for name in PARTS},
+    **{f"data {how}": lambda step, how=how: SPOILS[how](data_file(step)) for how in SPOILS},
     "default removed": lambda step: remove(step / "default"),
     "all files removed": lambda step: [remove(path) for path in step.iterdir()],
     "half copied": half_copied,
@@ -2185,20 +2220,18 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage, trained, tmp_path):
+def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage, trained, tmp_path, model):
     """By every way of reading, in a directory and amid an error that sound like trouble with the store."""
     reference, directory = trained[0], shutil.copytree(trained[1], tmp_path / "UNAVAILABLE")
-    model = dense_model()
     DAMAGES[damage](directory / "2")
-    before, damaged = values(model), contents(directory)
+    damaged = contents(directory)
     try:
         raise ConnectionError("elsewhere")
     except ConnectionError:
         assert not is_intact(directory)
         for read in (lambda: restore(model, directory, 2), lambda: load_model(directory, 2)):  # never falls back
-            with pytest.raises(CheckpointCorruptError, match="Step 2"):
+            with unchanged(model, directory), pytest.raises(CheckpointCorruptError, match="Step 2"):
                 read()
-        assert_equal(values(model), before)
         with pytest.warns(UserWarning, match=r"Step 1 is restored, because newer ones are damaged.\n"):
             loaded = load_model(directory)
         with pytest.warns(UserWarning, match="Step 1 is restored"):
@@ -2211,35 +2244,24 @@ def test_damage_falls_back_and_the_run_goes_on_and_saves_over_the_number(damage,
     aside = {path.replace("/2/", "/2.damaged/"): content for path, content in damaged.items() if "/2/" in path}
     assert contents(directory / "2.damaged") == aside
     assert history.history == reference.history.history  # the third epoch was trained once more
+    assert names(directory) == ["0", "1", "2", "2.damaged"]
     assert_equal(values(model), values(reference))
-    assert KerasOrbaxCheckpointManager(model, directory).all_steps() == [0, 1, 2]
-    again = dense_model()
-    assert restore(again, directory) == 2
-    assert_equal(values(again), values(reference))
+    assert restore(model, directory) == 2
+    assert_equal(values(model), values(reference))
 
 
-def test_nothing_intact_names_every_step_and_moves_nothing(trained, tmp_path):
-    directory, model = copy_of(trained, tmp_path), dense_model()
+def test_damage_of_all_steps_of_two_of_them_and_of_one_more_later(directory, model):
+    manager = KerasOrbaxCheckpointManager(model, directory)
     for step in range(3):
         garble(data_file(directory / str(step)))
-    before, there = values(model), contents(directory)
     message = "(?s)No checkpoint in .* is intact.*Step 2 in.*Step 1 in.*Step 0 in"
-    with pytest.raises(CheckpointCorruptError, match=message) as raised:
-        restore(model, directory)
+    with unchanged(model, directory), pytest.raises(CheckpointCorruptError, match=message) as raised:
+        manager.restore_state()
     assert isinstance(raised.value, CheckpointError) and isinstance(raised.value, OSError)
-    assert_equal(values(model), before)
-    assert contents(directory) == there
-
-
-def test_damage_of_two_steps_and_of_one_more_later(trained, tmp_path):
-    directory, model = copy_of(trained, tmp_path), dense_model()
-    manager = KerasOrbaxCheckpointManager(model, directory)
-    for step in (1, 2):
-        garble(data_file(directory / str(step)))
+    garble(data_file(directory / "0"))  # which undoes it
     with pytest.warns(UserWarning, match="Step 0 is restored.*set aside as 2.damaged, 1.damaged."):
         assert manager.restore_state() == 0
-    assert manager.save_state(2) and manager.all_steps() == [0, 2]
-    manager.wait_until_finished()
+    assert commit(manager, 2).all_steps() == [0, 2]
     garble(data_file(directory / "2"))
     with pytest.warns(UserWarning, match="Step 0 is restored"):
         manager.restore_state()
@@ -2252,163 +2274,131 @@ def test_trouble_with_reaching_the_store_is_not_damage(trained, public_path):
     directory.chmod(0o755)
     manager = KerasOrbaxCheckpointManager(dense_model(), directory)
     reading = KerasOrbaxCheckpointManager(dense_model(), directory, read_only=True)
-    for path, error in (
-        (data_file(directory / "2"), "PERMISSION_DENIED"),
-        (directory / "2/default/manifest.ocdbt", "PERMISSION_DENIED"),
-        (directory, "Permission denied"),
-    ):
+    for path in (data_file(directory / "2"), directory / "2/default/manifest.ocdbt", directory):
         mode = path.stat().st_mode
         path.chmod(0)
-        with nobody(), pytest.raises(OSError, match=error) as raised:
+        with nobody(), pytest.raises(OSError, match="PERMISSION_DENIED|Permission denied") as raised:
             reading.restore_state()
         path.chmod(mode)
         assert not isinstance(raised.value, CheckpointError) and "damaged" not in str(raised.value)
     assert names(directory) == ["0", "1", "2"]
     shutil.rmtree(directory)
-    with pytest.raises(OSError) as raised:
-        manager.restore_state()
-    assert not isinstance(raised.value, CheckpointCorruptError)
+    with pytest.warns(UserWarning, match="no such file or directory. The model is as it was"):
+        assert manager.restore_state() is None
 
 
 DTYPES = ["bool", "int8", "uint8", "int16", "bfloat16", "float16", "int32", "uint32", "float32", "complex64"]
 
 
+def flips(there, number, count):
+    """Flips a bit in one of the files, and back afterwards, so many times."""
+    draw = random.Random(number)
+    for _ in range(count):
+        path = draw.choices(there, [file.stat().st_size for file in there])[0]
+        bit = draw.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        yield
+        flip(path, bit)
+
+
 @pytest.mark.parametrize("compression", [False, True])
 def test_no_flipped_bit_restores_wrong(compression, tmp_path):
     """In arrays of every dtype, at random; plain Orbax restores most of them without a word."""
-    draw, drawn = random.Random(int(compression)), np.random.default_rng(3)
-    shapes = [(), (1,), (7,), (5, 3), (30, 4, 5, 6)]
+    drawn, shapes = np.random.default_rng(3), [(), (1,), (7,), (5, 3), (30, 4, 5, 6)]
     specs = {f"{dtype}_{len(shape)}{sum(shape)}": (shape, dtype) for dtype in DTYPES for shape in shapes}
-    model = stacked(Holder(specs), layers.Dense(200), layers.Dense(200), layers.Dense(1))
+    model = stacked(holder(specs), layers.Dense(200), layers.Dense(200), layers.Dense(1))
     values(model)
     for variable in [*model.non_trainable_variables, *model.optimizer.variables]:  # not zeros, which are not stored
         variable.assign((drawn.normal(size=variable.shape) * 7).astype(jax.numpy.dtype(variable.dtype)))
     manager = save(model, tmp_path, compression=compression)
     expected, found = values(model), 0
     read = ocp.PyTreeCheckpointer().restore(tmp_path / "0/default")["non_trainable_variables"]
-    held = {variable.name: np.array(variable.value) for variable in model.non_trainable_variables}
     back = {path[-1].key: np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(read)}
-    assert_equal([back[name] for name in held], list(held.values()))
-    there = files(tmp_path / "0/default")
-    there = [path for path in there if path.parent.name == "d"]
-    for _ in range(130):
-        path = draw.choices(there, [file.stat().st_size for file in there])[0]
-        bit = draw.randrange(8 * path.stat().st_size)
-        flip(path, bit)
+    held = model.non_trainable_variables
+    assert_equal([back[variable.name] for variable in held], [np.array(variable.value) for variable in held])
+    there = [path for path in files(tmp_path / "0/default") if path.parent.name == "d"]
+    for _ in flips(there, int(compression), 130):
         try:
             manager.restore_state(0)
         except CheckpointCorruptError as error:
             assert "Step 0" in str(error)
             found += 1
         assert_equal(values(model), expected)  # whether or not it was one of the bits that carry anything
-        flip(path, bit)
     assert found > 60  # the others are in OCDBT's copies of its index
     assert manager.restore_state() == 0
 
 
 def test_flipped_bits_of_what_belongs_to_objects_are_found(tmp_path):
-    draw, found = random.Random(5), 0
-    own = [np.random.default_rng(i).normal(size=(60, 60)).astype("float32") for i in range(8)]
+    found, own = 0, [np.random.default_rng(i).normal(size=(60, 60)).astype("float32") for i in range(8)]
     keep(tmp_path, own)
-    there = files(tmp_path / "0/run")
-    for _ in range(40):
-        path = draw.choices(there, [file.stat().st_size for file in there])[0]
-        bit = draw.randrange(8 * path.stat().st_size)
-        flip(path, bit)
+    for _ in flips(files(tmp_path / "0/run"), 5, 40):
         try:
-            assert_equal(kept(tmp_path), own)
+            assert_equal(keep(tmp_path)[1], own)
         except CheckpointCorruptError:
             found += 1
-        flip(path, bit)
     assert found > 13
 
 
 def test_one_bad_byte_in_any_file_of_any_step_leaves_the_others_usable(tmp_path):
     """Every file of the newest and of an old step, with arrays of stateful objects and metrics in them."""
-    model, original = dense_model(), tmp_path / "original"
+    model, original, directory = dense_model(), tmp_path / "original", tmp_path / "copy"
     keeper = Keeper([np.ones((200, 200), "float32")])
     fit(model, 3, callback(model, original, None, monitor="loss", stateful=[keeper]))
     assert (original / "2/run").is_dir()
-    for number, file in enumerate([*files(original / "2"), *files(original / "0")]):
-        directory = shutil.copytree(original, tmp_path / str(number))
-        damaged = directory / file.relative_to(original)
-        flip(damaged, 8 * (damaged.stat().st_size // 2) + 7)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    for file in [*files(original / "2"), *files(original / "0")]:
+        shutil.copytree(original, directory)
+        flip(directory / file.relative_to(original), 8 * (file.stat().st_size // 2) + 7)
+        with warnings.catch_warnings(action="ignore"):
             manager = KerasOrbaxCheckpointManager(model, directory, None, monitor="loss")
-            assert manager.restore_state() in (1, 2) and manager.save_state(3, metrics={"loss": 1.0})
-            manager.wait_until_finished()
-            assert manager.best_step() is not None
+            assert manager.restore_state() in (1, 2)
+            assert commit(manager, 3, losses=[1.0]).best_step() is not None
             assert load_model(directory) is not None
-            assert command_line(directory, "--verify")[0] in (0, 1)
+            is_intact(directory)
         shutil.rmtree(directory)
 
 
 def test_files_of_two_saves_are_never_mixed(tmp_path):
+    saved, there, mixed = [], tmp_path / "1/0", tmp_path / "mixed"
     for number in (0, 1):
         keras.utils.clear_session()  # the same names
-        keep(tmp_path / str(number), [np.full(100_000, number)])
-    there, mixed, expected = tmp_path / "1/0", tmp_path / "mixed", values(load_model(tmp_path / "0"))
-
-    def read():
-        keras.utils.clear_session()
-        model, keeper = dense_model(), Keeper()
-        fit(model, 1, callback(model, mixed, stateful=[keeper]))
-        return values(model), keeper.state
-
+        saved.append(keep(tmp_path / str(number), [np.full(100_000, number)]))
     for file in files(there):
         shutil.copytree(tmp_path / "0", mixed)
         shutil.copy(file, mixed / "0" / file.relative_to(there))  # one file of another save
+        keras.utils.clear_session()
         with contextlib.suppress(CheckpointCorruptError):  # or else it was a file that is not used, or is the same
-            found, state = read()
-            assert_equal(found, expected)
-            assert state[0].max() == 0
+            found, state = keep(mixed)
+            assert_equal(found + state, saved[0][0] + saved[0][1])
         shutil.rmtree(mixed)
     shutil.copytree(tmp_path / "0", mixed)
     shutil.copytree(there / "default", mixed / "0/default", dirs_exist_ok=True)  # as rsync over an older copy
+    keras.utils.clear_session()
     with pytest.raises(CheckpointCorruptError, match="files of two saves are mixed|NOT_FOUND"):
-        read()
+        keep(mixed)
 
 
 # -------------------------------------------------------------------------------------------------- P8: preemption
 
-
-@pytest.mark.parametrize("freq", ["epoch", 3])
-def test_sigterm_saves_within_one_batch_and_ends_with_its_exit_code(freq, tmp_path):
-    """In training, in validation, right before the batches that a resume skips, and again while it is handled."""
-    places = [(0, "train", 0), (1, "validation", 1), (2, "begins", 0), (2, "train", 4, "SIGTERM", "SIGTERM")]
-    end, logs = run_to_its_end(tmp_path, places, freq=freq)
-    assert all("Stop on SIGTERM: the run is saved. The same script continues it." in log for log in logs[:-1])
-    assert_same_end(end, uninterrupted()[1])
-    kept = sorted(int(name) for name in names(tmp_path / "ckpt"))  # numbers: nothing else is left
-    assert kept == ([0, 1, 2] if freq == "epoch" else [14, 15, 18, 19, 21])
+# Whole runs that SIGTERM ends are in the tables KILLED, of P1, and SCENARIOS, of P2.
 
 
-def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called(tmp_path):
-    model, called = dense_model(), []
+def test_sigint_ends_in_keyboard_interrupt_and_earlier_handlers_are_called_even_beside_an_error(tmp_path, model):
+    called, later = [], tmp_path / "later"
     checkpoint = callback(model, tmp_path, save_freq=1000, preemption_signals=(signal.SIGINT, signal.SIGUSR1))
     manager = checkpoint.checkpoint_manager
     with pytest.raises(KeyboardInterrupt):
-        fit(model, 3, checkpoint, At((1, "train", 2), lambda: os.kill(os.getpid(), signal.SIGINT)))
+        fit(model, 3, checkpoint, At((1, "train", 2), lambda: signal.raise_signal(signal.SIGINT)))
     assert manager.latest_step() == 4 + 3
     note = handling(signal.SIGUSR1, lambda number, frame: called.append(manager.all_steps()))
     with note, pytest.raises(SystemExit) as raised:
-        fit(model, 3, checkpoint, At((2, "train", 0), lambda: os.kill(os.getpid(), signal.SIGUSR1)))
+        fit(model, 3, checkpoint, At((2, "train", 0), lambda: signal.raise_signal(signal.SIGUSR1)))
     assert raised.value.code == 128 + signal.SIGUSR1
     assert called == [[7, 9]]  # it was saved by then
     assert all(np.isfinite(value).all() for value in values(model))  # and fit has given the variables back
-
-
-def test_signal_that_comes_with_an_error_is_delivered(tmp_path):
-    def both(batch, logs=None):
-        terminate()
-        fail()
-
-    model, called = dense_model(), []
     note = handling(signal.SIGTERM, lambda number, frame: called.append(number))
     with note, pytest.raises(RuntimeError, match="on purpose"):
-        fit(model, 1, callback(model, tmp_path), on(on_train_batch_end=both))
-    assert called == [signal.SIGTERM]
+        fit(model, 1, callback(model, later), on(on_train_batch_end=terminate), on(on_train_batch_end=fail))
+    assert called[1:] == [signal.SIGTERM]
 
 
 def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
@@ -2422,23 +2412,31 @@ def test_outside_the_main_thread_there_is_a_warning_and_no_handler(tmp_path):
     assert checkpoint.checkpoint_manager.all_steps() == [0]
 
 
+def test_signal_while_the_last_save_is_written_ends_the_process_with_its_code(tmp_path, monkeypatch):
+    model, fsync, sent = dense_model(), os.fsync, []
+
+    def signals(descriptor):
+        if not sent:
+            sent.append(terminate())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", signals)
+    with pytest.raises(SystemExit) as left:
+        fit(model, 1, callback(model, tmp_path))
+    assert left.value.code == 143 and names(tmp_path) == ["0"]
+
+
 # ----------------------------------------------------------------------------------- P9: many hosts, many layouts
 
 
-def run_group(work, scenario, *arguments, processes=2, devices=2, **options):
-    """Runs a scenario in processes together, of so many CPU devices each. The exit codes, and what each printed."""
+def run_together(work, scenario, *arguments, expected=0, processes=2, devices=2, **options):
+    """Runs a scenario in processes together, of so many CPU devices each. What each printed."""
     work.mkdir(exist_ok=True)
     group = processes, devices, f"127.0.0.1:{free_port()}", scenario, str(work)
-    members = [
-        Process(work / f"process_{process}.log", "among", process, *group, *arguments, **options)
-        for process in range(processes)
-    ]
-    return tuple(zip(*(member.join() for member in members)))
-
-
-def run_together(*arguments, expected=0, **options):
-    codes, logs = run_group(*arguments, **options)
-    assert set(codes) == {expected}, "\n".join([str(codes), *logs])
+    logs = [work / f"process_{number}.log" for number in range(processes)]
+    members = [Process(log, "among", number, *group, *arguments, **options) for number, log in enumerate(logs)]
+    codes, logs = zip(*(member.join() for member in members))
+    assert set(codes) == {expected} or (expected is None and 0 not in codes), "\n".join([str(codes), *logs])
     return logs
 
 
@@ -2495,9 +2493,8 @@ def test_signal_to_one_process_stops_all_at_one_batch_and_the_rerun_equals_the_u
 
 def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tmp_path):
     began = time.monotonic()
-    codes, logs = run_group(tmp_path, "trains", "data", place=(1, "train", 3, "SIGKILL"), heartbeat=10)
-    assert codes[1] == -signal.SIGKILL and codes[0] not in (0, None), logs  # fails, and does not wait for ever
-    assert time.monotonic() - began < 90
+    run_together(tmp_path, "trains", "data", place=(1, "train", 3, "SIGKILL"), heartbeat=10, expected=None)
+    assert time.monotonic() - began < 90  # the one that was not killed fails, and does not wait for ever
     for processes, place, expected in ((1, (2, "train", 3, "SIGKILL"), -signal.SIGKILL), (2, None, 0)):
         step = max(int(name) for name in names(tmp_path / "ckpt") if name.isdecimal())
         saved = plain(tmp_path / "ckpt", step)
@@ -2524,45 +2521,31 @@ def test_damage_that_one_process_sees_makes_all_fall_back_to_one_step(together, 
     for name in ("array", "states", "gone", "asked for"):
         directories.append(shutil.copytree(together("model")[0] / "ckpt", tmp_path / name))
         newest = directories[-1] / "2"
-        states = max((newest / "run/ocdbt.process_1/d").iterdir(), key=lambda path: path.stat().st_size)
         if name == "states":
-            flip(states, 999)
+            flip(data_file(newest / "run/ocdbt.process_1"), 999)
         elif name == "gone":
-            states.unlink()
+            data_file(newest / "run/ocdbt.process_1").unlink()
         else:  # a bit of the kernel that is read by the second process alone
             flip(data_file(newest / "default/ocdbt.process_1"), 8 * 2000)
-    assert command_line(directories[1], "--verify")[0] == 1
+    assert not is_intact(directories[1])
     logs = run_together(tmp_path, "falls_back", [str(each) for each in directories])
-    results = [json.loads(log.splitlines()[-1]) for log in logs]
-    assert results[0] == results[1] == [1, 1, 1, "CheckpointCorruptError"]
-    for directory in directories[:3]:
-        assert names(directory) == ["1", "2.damaged"]
-    assert names(directories[3]) == ["1", "2"]
+    assert [names(directory) for directory in directories] == [["1", "2.damaged"]] * 3 + [["1", "2"]]
     assert logs[0].count("UserWarning: Step 1 is restored") == 3 and "UserWarning" not in logs[1]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_write_that_fails_on_one_process_alone_fails_on_all_and_none_waits(victim, tmp_path):
     began = time.monotonic()
-    logs = run_together(tmp_path, "fails_alone", victim)
+    run_together(tmp_path, "fails_alone", victim)
     assert time.monotonic() - began < 90
-    assert ["Saving step 0" in log and "File too large" in log for log in logs] == [True, True]
     assert names(tmp_path / "ckpt") == ["1"]
 
 
-def test_load_model_reads_what_two_processes_have_saved(together):
+def test_checkpoint_of_two_processes_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
     directory = together("model")[0] / "ckpt"
-    loaded = load_model(directory, custom_objects={"Vocabulary": Vocabulary})
-    assert loaded.layers[0].words == ["one"]
-    assert_same_values(gathered(loaded), plain(directory, 2))
-    assert is_intact(directory)
-
-
-def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
-    work = together("model")[0]
-    saved = plain(work / "ckpt", 2)
+    saved = plain(directory, 2)
     kinds = ["none", "data", "model", "mixed", "model 4", "mixed 4"]
-    run_together(tmp_path, "relays", str(work / "ckpt"), kinds, processes=1, devices=8)
+    run_together(tmp_path, "relays", str(directory), kinds, processes=1, devices=8)
     for kind in kinds:
         assert_same_values(plain(tmp_path / kind, 0), saved)
     for kind in ("model", "none"):  # from eight devices and from one
@@ -2570,6 +2553,10 @@ def test_checkpoint_restores_onto_other_devices_axes_and_layouts_and_back(togeth
         run_together(back, "relays", str(tmp_path / kind), ["data", "model", "mixed"])
         for after in ("data", "model", "mixed"):
             assert_same_values(plain(back / after, 0), saved)
+    loaded = load_model(directory, custom_objects={"Vocabulary": Vocabulary})
+    assert loaded.layers[0].words == ["one"]
+    assert_same_values(gathered(loaded), saved)
+    assert is_intact(directory)
 
 
 # --------------------------------------------------------------------------------------- P10: early, clear errors
@@ -2583,27 +2570,24 @@ def of_later_format(directory):
     record["crc32"] = zlib.crc32(json.dumps(record, sort_keys=True).encode())
     metadata["custom_metadata"]["orbax_keras_ckpt"] = record
     path.write_text(json.dumps(metadata))
-    return directory
 
 
 def of_other_numbering(directory):
     shutil.move(directory / "2", directory / "200")  # as if steps_per_epoch had been 100
-    return directory
 
 
 def uncompiled():
     return keras.Sequential([keras.Input((6,)), layers.Dense(1)])
 
 
-def duplicate_paths():
-    class Twins(layers.Layer):
-        def build(self, shape):
-            self.twins = [self.add_weight(shape=(2,), name="twin") for _ in range(2)]
+def twins(layer):
+    layer.first, layer.second = (layer.add_weight(shape=(6,), name="x") for _ in range(2))
 
-        def call(self, x):
-            return x * sum(twin[0] for twin in self.twins)
 
-    return stacked(Twins(name="twins"), layers.Dense(1))
+def alike(layer):
+    """A variable and a layer of the same name."""
+    layer.scale, layer.inner = layer.add_weight(shape=(6,), name="x"), layers.Dense(6, name="x")
+    layer.inner.build((None, 6))
 
 
 def dotted():
@@ -2613,28 +2597,16 @@ def dotted():
     return stacked(inner, alike)
 
 
-class Within(layers.Layer):
-    """A variable "x" beside a layer "x"."""
-
-    def build(self, shape):
-        self.scale = self.add_weight(shape=(6,), name="x")
-        self.inner = layers.Dense(6, name="x")
-        self.inner.build(shape)
-
-    def call(self, x):
-        return self.inner(x * self.scale)
-
-
 def saving(epoch):
     return lambda model, directory: KerasOrbaxCheckpointManager(model, directory).save_state(epoch)
 
 
-def fitting(epochs=5, change=lambda directory: directory, **options):
-    return lambda model, directory: fit(model, epochs, callback(model, change(directory), **options))
+def fitting(epochs=5, **options):
+    return lambda model, directory: fit(model, epochs, callback(model, directory, **options))
 
 
-MISMATCH = CheckpointMismatchError
-STOPPING = keras.callbacks.EarlyStopping("loss")
+MISMATCH, TAKES_ONE = CheckpointMismatchError, "fit takes one OrbaxCheckpointCallback"
+NO_BEST = "No checkpoint in .* is known as the best one"
 ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment of a ValueError
     "max_to_keep": {0: "max_to_keep=0: give", True: "max_to_keep=True", 2.5: "max_to_keep=2.5"},
     "steps_per_epoch": {0: "steps_per_epoch=0: give", None: "steps_per_epoch=None"},
@@ -2652,6 +2624,22 @@ ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment o
 }  # fmt: skip
 
 
+UNSAVEABLE = {
+    "named tuple": lambda: Point(1, 2), "object": object, "array of objects": lambda: np.array([object()]),
+    "masked array": lambda: np.ma.array([1]), "lock": threading.Lock, "key": lambda: jax.random.key(0),
+    "variable": lambda: keras.Variable(1.0), "enumeration": lambda: signal.SIGTERM, "metric": keras.metrics.Mean,
+}  # fmt: skip
+
+
+def keeping(make):
+    def act(model, directory):
+        member = keras.callbacks.Callback()
+        member.odd = [make()]
+        callback(model, directory, stateful=[member])
+
+    return dense_model, act, TypeError, r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"
+
+
 def making(error=ValueError, build=dense_model, fragment="", **change):
     def make(model, directory):
         OrbaxCheckpointCallback(**{"model": model, "checkpoint_dir": directory / "new", **change})
@@ -2666,6 +2654,13 @@ REFUSED = {
         for name, changes in ARGUMENTS.items()
         for value, fragment in changes.items()
     },
+    **{f"attribute, {kind}": keeping(make) for kind, make in UNSAVEABLE.items()},
+    "object": making(TypeError, stateful=[object()], fragment=r"stateful\[0\] \(object\) has neither get_state"),
+    "object in a callback": making(
+        TypeError, stateful=[STOPPING, on(on_epoch_end=object())],
+        fragment=r"stateful\[1\] \(LambdaCallback\) cannot be saved: a object",
+    ),
+    "no list": making(stateful=STOPPING, fragment="give a list or tuple"),
     "by batches": making(fragment="monitor='loss' needs save_freq=\"epoch\"", save_freq=3, monitor="loss"),
     "best_fn": making(fragment="best_fn", monitor="loss", best_fn=len),
     "file": making(OSError, checkpoint_dir=__file__, fragment="checkpoint_dir"),
@@ -2683,44 +2678,41 @@ REFUSED = {
     "restore, not compiled": (uncompiled, restore, ValueError, "weights_only=True"),
     "save, not built": (MODELS["unbuilt"], saving(3), ValueError, "no variables yet"),
     "restore, not built": (MODELS["unbuilt"], restore, ValueError, "no variables yet"),
-    "equal paths": (duplicate_paths, fitting(), ValueError, "path '.*twins/twin'.*different names"),
+    "equal paths": (lambda: stacked(Given(twins, name="a")), fitting(), ValueError, "path '.*a/x'.*different names"),
     "dots, fit": (dotted, fitting(), ValueError, "differs only in '.' and '/'"),
     "dots, save": (dotted, saving(3), ValueError, "differs only in '.' and '/'"),
-    "path within": (lambda: stacked(Within(name="a")), saving(3), ValueError, "have the path '.*a/x'"),
-    "other model": (
-        dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "the model that you fit"
-    ),
+    "path within": (lambda: stacked(Given(alike, name="a")), saving(3), ValueError, "have the path '.*a/x'"),
+    "other model": (dense_model, lambda m, d: fit(m, 5, callback(dense_model(), d)), ValueError, "model that you fit"),
     **{
         f"epoch {each!r}": (dense_model, saving(each), ValueError, f"epoch={each!r}")
         for each in (-1, True, 1.5, "1", None)
     },
     **{f"step {each}": (dense_model, saving(each), ValueError, f"Step {each} is not above 2") for each in range(3)},
-    "next step": (dense_model, fitting(4, of_other_numbering), ValueError, "step 3, which is not above 200"),
+    "next step": (dense_model, fitting(4), ValueError, "step 3, which is not above 200", of_other_numbering),
     "absent": (dense_model, lambda *at: restore(*at, 7), FileNotFoundError, r"no checkpoint of step 7 .*\[0, 1, 2\]"),
-    "later format": (
-        dense_model, lambda m, d: restore(m, of_later_format(d)), CheckpointError, "has format 99.*reads format 1"
-    ),
+    "absent to load": (dense_model, lambda m, d: load_model(d, 7), FileNotFoundError, r"of step 7 .*\[0, 1, 2\]"),
+    "two callbacks": (dense_model, lambda m, d: fit(m, 5, callback(m, d), callback(m, f"{d}b")), ValueError, TAKES_ONE),
+    "one callback twice": (dense_model, lambda m, d: fit(m, 5, *[callback(m, d)] * 2), ValueError, TAKES_ONE),
+    "later format": (dense_model, restore, CheckpointError, "has format 99.*reads format 1", of_later_format),
     "other shape": (lambda: dense_model(5), restore, MISMATCH, r"saved as \(6, 400\)"),
     "other shape in fit": (lambda: dense_model(5), fitting(), MISMATCH, r"saved as \(6, 400\)"),
     "other dtype": (lambda: with_policy("bfloat16"), restore, MISMATCH, "saved as float32"),
     "other optimizer": (lambda: dense_model(optimizer="sgd"), restore, MISMATCH, "adam"),
-    "other objects": (dense_model, fitting(stateful=[STOPPING]), MISMATCH, r"stateful=\[\]"),
+    "no best step": (dense_model, lambda m, d: restore(m, d, "best"), CheckpointError, NO_BEST),
+    "no best step to load": (dense_model, lambda m, d: load_model(d, "best"), CheckpointError, NO_BEST),
     "no direction": (dense_model, fitting(monitor="mystery"), ValueError, 'mode="max" or mode="min"'),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refusal_says_why_and_leaves_model_and_directory_as_they_were(case, trained, tmp_path):
-    build, action, error, message = REFUSED[case]
-    directory, model = copy_of(trained, tmp_path), build()
-    before, weights = contents(directory), [np.array(variable.value) for variable in model.variables]
-    with pytest.raises(error, match=message):
+def test_refusal_says_why_and_leaves_everything_as_it_was(case, directory):
+    build, action, error, message, *changes = REFUSED[case]
+    model, before = build(), handlers()
+    for change in changes:
+        change(directory)
+    with unchanged(model, directory), pytest.raises(error, match=message):
         action(model, directory)
-    if case in ("later format", "next step"):  # which have changed it themselves
-        assert len(contents(directory)) == len(before)
-    else:
-        assert contents(directory) == before
-    assert_equal([np.array(variable.value) for variable in model.variables], weights)
+    assert handlers() == before
 
 
 def test_other_backends_are_refused():
@@ -2730,26 +2722,11 @@ def test_other_backends_are_refused():
     assert "the backend is 'numpy'" in done.stderr and "KERAS_BACKEND" in done.stderr
 
 
-def test_fit_takes_one_callback_of_ours(tmp_path):
-    save(model := dense_model(), tmp_path / "a")
-    before, there = values(model), handlers()
-    a, b = (callback(model, tmp_path / name) for name in "ab")
-    for callbacks in ([a, b], [a, a]):
-        trained = At()
-        with pytest.raises(ValueError, match="fit takes one OrbaxCheckpointCallback"):
-            fit(model, 2, trained, *callbacks)
-        assert trained.heard == []
-    assert_equal(values(model), before)
-    assert handlers() == there and names(tmp_path / "b") == []
-
-
 def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(tmp_path):
-    model = dense_model()
-    before, checkpoint = values(model), callback(model, tmp_path)
-    model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
-    model.predict(X, verbose=0, callbacks=[checkpoint])
-    assert_equal(values(model), before)
-    assert names(tmp_path) == []
+    checkpoint = callback(model := dense_model(), tmp_path)
+    with unchanged(model, tmp_path):
+        model.evaluate(X, Y, verbose=0, callbacks=[checkpoint])
+        model.predict(X, verbose=0, callbacks=[checkpoint])
     checkpoint.set_model(model)
     with pytest.raises(RuntimeError, match=r"works inside the fit\(\).*Keras 3.10 to 3.15"):
         checkpoint.on_train_begin()
@@ -2762,16 +2739,9 @@ def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(t
 # -------------------------------------------------------------------- P11: names that Keras invents do not matter
 
 
-def test_second_model_of_a_process_restores_by_path(trained):
-    reference, directory = trained
-    model = dense_model()
-    assert model.variables[0].path != reference.variables[0].path
-    assert restore(model, directory) == 2
-    assert_equal(values(model), values(reference))
-
-
-def test_layers_keep_their_order_although_orbax_sorts_them(tmp_path):
+def test_second_model_of_a_process_restores_by_path_although_orbax_sorts_layers(tmp_path):
     saved, model = (stacked(*(layers.Dense(6) for _ in range(12)), layers.Dense(1)) for _ in range(2))
+    assert model.variables[0].path != saved.variables[0].path
     fit(saved, 1)
     save(saved, tmp_path)
     restore(model, tmp_path)
@@ -2783,27 +2753,25 @@ def blocks_named(*given):
 
 
 def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
-    saved = blocks_named("block_1", "block_2")
+    saved, swapped = blocks_named("block_1", "block_2"), blocks_named("block_2", "block_1")  # same shapes, other order
     fit(saved, 1)
     save(saved, tmp_path)
-    swapped = blocks_named("block_2", "block_1")  # same shapes, other order
     restore(swapped, tmp_path)
 
     def by_name(model):
-        variables = [*model.variables, *model.optimizer.variables]
-        return {re.search("block_.*", each.path)[0]: np.array(each.value) for each in variables if "block" in each.path}
+        variables = [each for each in [*model.variables, *model.optimizer.variables] if "block" in each.path]
+        return [np.array(each) for each in sorted(variables, key=lambda each: re.search("block_.*", each.path)[0])]
 
-    expected, found = by_name(saved), by_name(swapped)
-    assert_equal([found[name] for name in expected], list(expected.values()))
+    assert_equal(by_name(swapped), by_name(saved))
     model = blocks_named("block_2", "block_3")
-    before = values(model)
-    with pytest.raises(CheckpointMismatchError, match="'.*block_3/kernel' is in the model but not in the checkpoint"):
+    before = model.get_layer("block_3").get_weights()
+    message = "'.*block_3/kernel' is in the model but not in the checkpoint"
+    with unchanged(model, tmp_path), pytest.raises(CheckpointMismatchError, match=message):
         restore(model, tmp_path)
-    assert_equal(values(model), before)
     with pytest.warns(UserWarning, match="restored partially"):
         restore(model, tmp_path, strict=False)
-    assert_equal([model.get_layer("block_2").kernel.value], [saved.get_layer("block_2").kernel.value])
-    assert_equal([model.get_layer("block_3").kernel.value], [before[2]])
+    assert_equal(model.get_layer("block_2").get_weights(), saved.get_layer("block_2").get_weights())
+    assert_equal(model.get_layer("block_3").get_weights(), before)
     nearest = "'.*block_22/kernel' is in the model but.*, where '.*block_2/kernel' comes nearest"
     with pytest.raises(CheckpointMismatchError, match=nearest):
         restore(blocks_named("block_1", "block_22"), tmp_path)
@@ -2831,42 +2799,45 @@ def test_layers_frozen_or_thawed_since_are_restored_by_path(then, now, tmp_path)
             restore(frozen(*now), tmp_path)
 
 
+def test_numbers_that_the_user_gave_beside_those_of_keras_are_a_mismatch_not_an_exchange(tmp_path):
+    def model():
+        return stacked(layers.Dense(6, name="dense_1"), layers.Dense(6, name="dense_2"), layers.Dense(6))
+
+    keras.utils.clear_session()
+    saved = model()  # dense_1, dense_2, dense
+    save(saved, tmp_path)
+    restore(saved, tmp_path)
+    keras.utils.clear_session()
+    for _ in range(3):
+        layers.Dense(1)
+    other = model()  # dense_1, dense_2, dense_3
+    before = values(other)
+    with pytest.raises(CheckpointMismatchError, match="dense_3/kernel' is in the model but not in the checkpoint"):
+        restore(other, tmp_path)
+    assert_equal(values(other), before)
+
+
 # ------------------------------------------------------------------------------------------ P12: others' checkpoints
 
 
-class GuidesManager(ocp.CheckpointManager):
-    """Saves as the guide does."""
-
-    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
-        self.model, self.steps_per_epoch = model, steps_per_epoch
-        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False, **kwargs)
-        super().__init__(checkpoint_dir, options=options)
-
-    def save_state(self, epoch):
-        state = self.model.get_state_tree()
-        state.pop("metrics_variables")
-        self.save(epoch * self.steps_per_epoch, args=ocp.args.StandardSave(state))
-
-
 class GuidesCallback(keras.callbacks.Callback):
-    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1, **kwargs):
-        self.checkpoint_manager = GuidesManager(model, checkpoint_dir, max_to_keep, steps_per_epoch, **kwargs)
+    """Saves as the guide does: see also what the README says of moving over."""
+
+    def __init__(self, model, checkpoint_dir, max_to_keep=5, steps_per_epoch=1):
+        super().__init__()
+        self.guided, self.steps_per_epoch = model, steps_per_epoch
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, enable_async_checkpointing=False)
+        self.manager = ocp.CheckpointManager(checkpoint_dir, options=options)
 
     def on_epoch_end(self, epoch, logs=None):
-        self.checkpoint_manager.save_state(epoch)
+        state = self.guided.get_state_tree()
+        state.pop("metrics_variables")
+        self.manager.save(epoch * self.steps_per_epoch, args=ocp.args.StandardSave(state))
 
 
 def skip_without_keras_callback():
     if not hasattr(keras.callbacks, "OrbaxCheckpoint"):
         pytest.skip("this version of Keras has no OrbaxCheckpoint")
-
-
-def test_steps_of_the_guides_version_are_epochs_times_steps_per_epoch(tmp_path):
-    reference, model = dense_model(), dense_model()
-    fit(reference, 2, GuidesCallback(reference, tmp_path, 5, 4))
-    assert KerasOrbaxCheckpointManager(model, tmp_path, steps_per_epoch=4).restore_state() == 4
-    assert_equal(values(model), values(reference))
-    assert fit(model, 4, callback(model, tmp_path, 5, 4)).epoch == [2, 3]
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
@@ -2884,8 +2855,19 @@ def test_checkpoints_of_the_callback_of_keras_are_restored(weights_only, tmp_pat
         restore(model, tmp_path, weights_only=weights_only)
 
 
-def test_plain_orbax_reads_the_state_tree_of_keras(trained):
+def test_folder_has_what_the_guide_lists_and_the_record_and_plain_orbax_reads_the_state_tree_of_keras(trained):
     model, directory = trained
+    assert names(directory) == ["0", "1", "2"]
+    assert [path.name for path in (directory / "2").iterdir() if path.is_dir()] == ["default"]
+    found = set(names(directory / "2/default")) - {"commit_success.txt"}
+    assert found == {"d", "manifest.ocdbt", "_METADATA", "_sharding"}
+    record = record_of(directory / "2")
+    assert record["format"] == 1 and record["position"]["epoch"] == 3
+    described = [[variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables]
+    assert record["variables"]["trainable_variables"] == described
+    assert record["metrics"] == {name: series[-1] for name, series in model.history.history.items()}
+    rebuilt = keras.saving.deserialize_keras_object(record["model"])
+    assert [layer.name for layer in rebuilt.layers] == [layer.name for layer in model.layers]
     expected = model.get_state_tree("numpy_array")
     del expected["metrics_variables"]
     reads = [
@@ -2902,22 +2884,6 @@ def test_plain_orbax_reads_the_state_tree_of_keras(trained):
         assert_equal([np.asarray(leaf) for leaf in jax.tree.leaves(read)], jax.tree.leaves(expected))
 
 
-def test_folder_has_what_the_guide_lists_and_the_record(trained):
-    model, directory = trained
-    assert names(directory) == ["0", "1", "2"]
-    assert [path.name for path in (directory / "2").iterdir() if path.is_dir()] == ["default"]
-    found = set(names(directory / "2/default")) - {"commit_success.txt"}
-    assert found == {"d", "manifest.ocdbt", "_METADATA", "_sharding"}
-    record = record_of(directory / "2")
-    assert record["format"] == 1 and record["position"]["epoch"] == 3
-    assert record["variables"]["trainable_variables"] == [
-        [variable.path, list(variable.shape), variable.dtype] for variable in model.trainable_variables
-    ]
-    assert record["metrics"] == {name: series[-1] for name, series in model.history.history.items()}
-    rebuilt = keras.saving.deserialize_keras_object(record["model"])
-    assert [layer.name for layer in rebuilt.layers] == [layer.name for layer in model.layers]
-
-
 def test_layers_that_derive_values_from_variables_predict_right_after_a_restore(tmp_path):
     saved, model = (stacked(layers.Normalization(), layers.Dense(1)) for _ in range(2))
     saved.layers[0].adapt(X * 3 + 5)
@@ -2929,26 +2895,16 @@ def test_layers_that_derive_values_from_variables_predict_right_after_a_restore(
     assert_equal([load_model(tmp_path).predict(X, verbose=0)], [expected])
 
 
-class Hoarder(layers.Layer):
-    """Has state that is in no variable."""
-
-    def build(self, shape):
-        self.weight = self.add_weight(shape=(1,), name="weight")
-
-    def call(self, x):
-        return x * self.weight
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        store["seen"] = np.arange(3)
-
-
 def test_layers_with_state_that_is_in_no_variable_are_named_at_the_first_save(tmp_path):
-    manager = KerasOrbaxCheckpointManager(stacked(Hoarder(name="hoarder"), layers.Dense(1)), tmp_path)
+    class Hoarder(layers.Dense):
+        def save_own_variables(self, store):
+            super().save_own_variables(store)
+            store["seen"] = np.arange(3)
+
+    manager = KerasOrbaxCheckpointManager(stacked(Hoarder(1, name="hoarder")), tmp_path)
     with pytest.warns(UserWarning, match="'hoarder' have a save_own_variables"):
-        manager.save_state(0)
-    manager.save_state(1)
-    manager.wait_until_finished()
+        commit(manager, 0)
+    commit(manager, 1)
 
 
 class Vocabulary(layers.Layer):
@@ -2989,7 +2945,7 @@ def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path
         load_model(tmp_path, **scope)
 
 
-@KERASHUB
+@pytest.mark.skipif(not importlib.util.find_spec("keras_hub"), reason="KerasHub requires TensorFlow: gigabytes")
 def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path):
     import keras_hub
 
@@ -3006,102 +2962,16 @@ def test_load_model_brings_back_the_vocabulary_of_a_kerashub_tokenizer(tmp_path)
     assert_equal(values(loaded, optimizer=False), values(model, optimizer=False))
 
 
-def frozen_attention():
-    inputs = keras.Input((4, 6))
-    attention = layers.MultiHeadAttention(2, 3)
-    model = keras.Model(inputs, layers.Dense(1)(attention(inputs, inputs)))
-    attention.trainable = False
-    return compiled(model)
-
-
-def lora_inside():
-    inner = keras.Sequential([keras.Input((4, 6)), layers.Dense(5), layers.Dense(6)])
-    inner.layers[0].enable_lora(2)
-    inner.layers[1].trainable = False
-    return compiled(keras.Sequential([keras.Input((4, 6)), inner, layers.Dense(1)]))
-
-
-def lora_in_attention():
-    model = frozen_attention()
-    model.layers[1].query_dense.enable_lora(2)
-    return compiled(model)
-
-
-@keras.saving.register_keras_serializable("tests")
-class TwoLayers(layers.Layer):
-    def __init__(self, **config):
-        super().__init__(**config)
-        self.first, self.second = layers.Dense(6, "tanh"), layers.Dense(6)
-
-    def build(self, shape):
-        self.first.build(shape)
-        self.second.build(shape)
-
-    def call(self, inputs):
-        return self.second(self.first(inputs))
-
-
-@keras.saving.register_keras_serializable("tests")
-class TwoBlocks(keras.Model):
-    def __init__(self, **config):
-        super().__init__(**config)
-        self.first, self.second, self.last = TwoLayers(), TwoLayers(), layers.Dense(1)
-
-    def call(self, inputs):
-        return self.last(self.second(self.first(inputs)))
-
-
-def frozen_part(kind):
-    if kind == "subclassed":
-        model = TwoBlocks()
-        model(np.zeros((1, 4, 6), "float32"))
-        model.first.trainable = False
-        return compiled(model)
-    model = keras.Sequential([keras.Input((4, 6)), TwoLayers(), TwoLayers(), layers.Dense(1)])
-    block = model.layers[0]
-    {"block": block, "layer": block.first, "kernel": block.first.kernel}[kind].trainable = False
-    return compiled(model)
-
-
-FROZEN = [functools.partial(frozen_part, kind) for kind in ("subclassed", "block", "layer", "kernel")]
-
-
-@pytest.mark.parametrize("build", [frozen_attention, lora_inside, lora_in_attention, *FROZEN])
-def test_load_model_of_frozen_composite_layers_and_lora(build, tmp_path):
-    model, x = build(), np.random.default_rng(4).normal(size=(16, 4, 6)).astype("float32")
-    model.fit(x, x[:, :, :1], verbose=0)
-    save(model, tmp_path)
-    keras.utils.clear_session()
-    loaded = load_model(tmp_path)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-6)
-    loaded.fit(x, x[:, :, :1], verbose=0)
-    model.fit(x, x[:, :, :1], verbose=0)
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-6)
-    assert len(loaded.optimizer.variables) == len(model.optimizer.variables)
-
-
-def test_load_model_takes_any_step_however_it_is_named_and_says_what_is_missing(trained, tmp_path):
+def test_load_model_takes_any_step_however_it_is_named(trained, tmp_path, model):
     for step in (0, 1, 2):
-        restore(model := dense_model(), trained[1], step)
+        restore(model, trained[1], step)
         assert_equal(values(load_model(trained[1], step)), values(model))
     assert not load_model(trained[1], 0, compile=False).compiled
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 7 in .*Steps there: \[0, 1, 2\]"):
-        load_model(trained[1], 7)
     for number, options in enumerate(({}, {"step_prefix": "ckpt"}, {"step_format_fixed_length": 6})):
         (tmp_path / str(number) / "a_007").mkdir(parents=True)
         fit(model, 1, callback(model, tmp_path / str(number), **options))
         assert_equal(values(load_model(tmp_path / str(number))), values(model))
         assert is_intact(tmp_path / str(number))
-
-
-def test_model_compiled_anew_between_saves_is_described_anew(tmp_path):
-    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path)
-    manager.save_state(0)
-    compiled(model, keras.optimizers.SGD(0.25))
-    manager.save_state(1)
-    manager.wait_until_finished()
-    assert float(load_model(tmp_path).optimizer.learning_rate) == 0.25
-    assert_equal(values(load_model(tmp_path)), values(model))
 
 
 class NoConfig(Subclassed):
@@ -3122,9 +2992,30 @@ def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
         load_model(tmp_path / "none")
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path / "none")).epoch == [0, 1]  # but it is resumed
-    GuidesManager(code, tmp_path / "foreign").save_state(0)
+    GuidesCallback(code, tmp_path / "foreign").on_epoch_end(0)
     with pytest.raises(CheckpointError, match="has no config that makes its model: another tool wrote it"):
         load_model(tmp_path / "foreign")
+
+
+def test_layers_that_are_frozen_inside_of_others_are_so_in_a_loaded_model(tmp_path):
+    model = keras.Sequential([keras.Input((6,)), keras.Sequential([layers.BatchNormalization(), layers.Dense(1)])])
+    model.layers[0].layers[0].trainable = False
+    fit(compiled(model), 1)
+    save(model, tmp_path)
+    loaded = load_model(tmp_path)
+    for each in (model, loaded):
+        fit(each, 1, shuffle=False)
+    assert_equal(values(loaded), values(model))
+
+
+def test_optimizer_whose_variables_are_named_alike_is_restored(tmp_path):
+    model = stacked(layers.Dense(130), layers.Dense(140), layers.Dense(1), optimizer=keras.optimizers.Adafactor(0.01))
+    fit(model, 2, callback(model, tmp_path))
+    loaded = load_model(tmp_path)
+    assert_equal(values(loaded), values(model))
+    other = stacked(layers.Dense(130), layers.Dense(140), layers.Dense(1), optimizer=keras.optimizers.Adafactor(0.01))
+    assert restore(other, tmp_path) == 1
+    assert_equal(values(other), values(model))
 
 
 # -------------------------------------------------------------------------------- what a user meets: messages, costs
@@ -3149,9 +3040,7 @@ print(type(load_model({directory!r})).__name__)
     assert "Save Orbax checkpoint on_epoch_end." in texts and texts.endswith("Sequential\n")
 
 
-def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, capsys):
-    model = dense_model()
-
+def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, capsys, model):
     def lines(epochs, **options):
         fit(model, epochs, callback(model, tmp_path, **options))
         return capsys.readouterr().out.splitlines()
@@ -3168,29 +3057,25 @@ def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, 
     assert lines(7) == []
 
 
-def test_paths_may_be_relative_or_home_or_pathlib(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    model = dense_model()
-    for given, place in (("relative/dir", "relative/dir"), ("~/ckpt", "home/ckpt"), (pathlib.Path("path"), "path")):
-        save(model, given)
-        assert (tmp_path / place / "0" / "default").is_dir()
-
-
-def test_empty_directory_changes_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
-    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path)
-    with pytest.warns(UserWarning, match="There is no checkpoint in .* The model is as it was"):
-        assert manager.restore_state() is None
-    assert manager.save_state(0) is True
+def test_empty_and_missing_directories_change_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
+    manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path / "there")
+    reading = KerasOrbaxCheckpointManager(model, tmp_path / "later", read_only=True)
+    assert reading.latest_step() is reading.best_step() is None
+    for each, message in ((manager, "There is no checkpoint in .* The model is as it was"), (reading, "no such file")):
+        with unchanged(model, tmp_path), pytest.warns(UserWarning, match=message):
+            assert each.restore_state() is None
+    commit(manager, 0)
+    shutil.copytree(tmp_path / "there", tmp_path / "later")
     saved = values(model)
-    for step in (0, None):
+    for restoring, step in ((manager, 0), (manager, None), (reading, None)):
         fit(model, 1)
-        assert manager.restore_state(step) == 0
+        assert restoring.restore_state(step) == 0
         assert_equal(values(model), saved)
 
 
 def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
-    save(dense_model(), tmp_path / "runs/a", 3)
+    for place in ("runs/a", "numbers/1", "numbers/2"):
+        save(dense_model(), tmp_path / place, 3)
     (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
     for place, message in (
@@ -3199,6 +3084,7 @@ def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
         ("runs", r"no checkpoint in .*/runs. There are some in: .*/runs/a"),
         ("runs/a/3", r"no checkpoint in .*/runs/a/3. Give the directory .*/runs/a and step=3 instead"),
         ("runs/a/3/default", r"Give the directory .*/runs/a and step=3 instead"),
+        ("numbers", r"There are some in: .*/1, .*/2"),  # no damage
     ):
         with pytest.raises(FileNotFoundError, match=message):
             load_model(tmp_path / place)
@@ -3206,16 +3092,17 @@ def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
         assert (code, lines) == (2, []) and re.search(message, error) and error.count("\n") == 1
     assert "gs://" in command_line("s3://a/b")[2]
     assert contents(tmp_path) == before
-    with pytest.warns(UserWarning, match="There are some in: .*/runs/a. The model is as it was") as warned:
-        assert KerasOrbaxCheckpointManager(dense_model(), tmp_path / "runs/b").restore_state() is None
-    assert files_of(warned) == [__file__]  # the line of the user
+    for place, others in (("runs/b", ".*/runs/a"), ("numbers", ".*/1, .*/2")):
+        with pytest.warns(UserWarning, match=f"There are some in: {others}. The model is as it was") as warned:
+            assert KerasOrbaxCheckpointManager(dense_model(), tmp_path / place).restore_state() is None
+        assert files_of(warned) == [__file__]  # the line of the user
 
 
-@pytest.mark.parametrize("compression", [False, True])
-def test_compression_is_off_unless_asked_for(compression, tmp_path):
+def test_compression_is_off_unless_asked_for(tmp_path):
     model = compiled(keras.Sequential([keras.Input((256,)), layers.Dense(256, kernel_initializer="ones")]))
-    save(model, tmp_path, **({"compression": True} if compression else {}))
-    assert (sum(path.stat().st_size for path in files(tmp_path)) < 256 * 256 * 4) == compression
+    for name, options in (("plain", {}), ("compressed", {"compression": True})):
+        save(model, tmp_path / name, **options)
+        assert (sum(path.stat().st_size for path in files(tmp_path / name)) < 256 * 256 * 4) == bool(options)
 
 
 def test_batch_on_which_nothing_is_saved_neither_syncs_the_state_nor_reads_the_random_state(tmp_path, monkeypatch):
@@ -3252,27 +3139,20 @@ def test_fresh_run_holds_no_second_copy_of_the_state(run_eagerly, tmp_path):
 def test_process_does_not_grow_over_a_hundred_saves(tmp_path):
     code, log = Process(tmp_path / "log", "saves_again_and_again", str(tmp_path / "ckpt")).join()
     assert code == 0, log
-    before, after = json.loads(log.splitlines()[-1])
-    assert after - before < 50e6, (before, after)
 
 
 @pytest.mark.parametrize("writing", [0, 0.5])
-def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_path, monkeypatch, capsys):
+def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_path, monkeypatch, capsys, model):
     """On a fast disk and on a slow one; each save blocks the training for 30 ms."""
     blocked, fsync, begin = [], os.fsync, ocp.CheckpointManager.save
-
-    def slow_fsync(file):
-        time.sleep(writing / 10)
-        fsync(file)
 
     def slow_save(*arguments, **options):
         blocked.append(0.03)
         time.sleep(0.03)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(os, "fsync", slow_fsync)
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(writing / 10) or fsync(file))
     monkeypatch.setattr(ocp.CheckpointManager, "save", slow_save)
-    model = dense_model()
     checkpoint = callback(model, tmp_path, None, save_freq="auto", verbose=1)
     start, pause = time.monotonic(), on(on_train_batch_begin=lambda batch, logs: time.sleep(0.01 + writing / 50))
     model.fit(X, Y, batch_size=1, epochs=10, verbose=0, callbacks=[pause, checkpoint])
@@ -3283,70 +3163,35 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
 
 
-def test_parent_of_runs_with_numbers_for_names_is_not_taken_for_damage(tmp_path):
-    save(dense_model(), tmp_path / "1")
-    save(dense_model(), tmp_path / "2")
-    with pytest.raises(FileNotFoundError, match=r"There are some in: .*/1, .*/2"):
-        load_model(tmp_path)
-    with pytest.warns(UserWarning, match=r"There are some in: .*/1, .*/2"):
-        assert KerasOrbaxCheckpointManager(dense_model(), tmp_path).restore_state() is None
-
-
-def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path):
-    save(dense_model(), tmp_path / "1")
+def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path, model):
+    save(model, tmp_path / "1")
     (tmp_path / "3").mkdir()
     (tmp_path / "3/notes.txt").write_text("mine")
-    before = {place: contents(tmp_path / place) for place in ("1", "3")}
-    model = dense_model()
+    before = [contents(tmp_path / place) for place in ("1", "3")]
     fit(model, 2, callback(model, tmp_path, 1, save_freq=4))
     assert names(tmp_path) == ["1", "3", "8"]
-    with pytest.raises(CheckpointError, match="Saving step 9 .*/9 is in the way, and is not a checkpoint"):
-        (tmp_path / "3").rename(tmp_path / "9")
-        KerasOrbaxCheckpointManager(model, tmp_path).save_state(9)
-    (tmp_path / "9").rename(tmp_path / "3")
-    assert {place: contents(tmp_path / place) for place in ("1", "3")} == before
+    assert [contents(tmp_path / place) for place in ("1", "3")] == before
+    (tmp_path / "3").rename(tmp_path / "9")
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    message = "Saving step 9 .*/9 is in the way, and is not a checkpoint"
+    with unchanged(model, tmp_path), pytest.raises(CheckpointError, match=message):
+        manager.save_state(9)
 
 
-def test_error_about_damage_calls_the_model_unchanged_only_where_it_is(tmp_path):
-    save(dense_model(), tmp_path)
-    model = dense_model()
-    manager, before = KerasOrbaxCheckpointManager(model, tmp_path), values(model)
-    flip(data_file(tmp_path / "0"))  # found while reading
-    with pytest.raises(CheckpointCorruptError, match="the model is as it was"):
-        manager.restore_state()
-    assert_equal(values(model), before)
-    with pytest.raises(CheckpointCorruptError) as caught:
-        manager.restore_state(donate=True)
-    assert "as it was" not in str(caught.value)
-
-
-def test_manager_that_only_reads_says_that_its_directory_is_missing(tmp_path):
-    save(dense_model(), tmp_path / "run")
+def test_manager_that_only_reads_says_that_its_directory_is_missing(model, tmp_path):
+    save(model, tmp_path / "run")
     with pytest.raises(FileNotFoundError, match=r"no such file or directory. There are some in: .*/run.$"):
-        KerasOrbaxCheckpointManager(dense_model(), tmp_path / "runs", read_only=True)
+        KerasOrbaxCheckpointManager(model, tmp_path / "runs", read_only=True)
 
 
 def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
-    model = dense_model(metrics=["mae"])
-    checkpoint = callback(model, tmp_path)
-    logs = fit(model, 1, checkpoint).history
-    assert checkpoint.checkpoint_manager.metrics(0) == {name: values[0] for name, values in logs.items()}
+    manager = callback(model := dense_model(metrics=["mae"]), tmp_path).checkpoint_manager
+    logs = fit(model, 1, callback(model, tmp_path)).history
+    assert manager.metrics(0) == {name: values[0] for name, values in logs.items()}
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
-        checkpoint.checkpoint_manager.metrics(7)
+        manager.metrics(7)
     with pytest.raises(ValueError, match="They are: loss, mae. Check"):
-        manager = KerasOrbaxCheckpointManager(model, tmp_path / "other", monitor="val_nothing")
-        manager.save_state(0, metrics={"val_nothing": 1.0})
-
-
-def test_one_error_lists_all_differences_those_of_weights_before_those_of_the_optimizer(tmp_path):
-    saved = dense_model()
-    fit(saved, 1, callback(saved, tmp_path))
-    with pytest.raises(CheckpointMismatchError) as caught:
-        model = stacked(layers.Dense(400), layers.Dense(3), layers.Dense(1))
-        fit(model, 2, callback(model, tmp_path, stateful=[keras.callbacks.EarlyStopping()]))
-    assert "- it was saved with stateful=[], but now stateful=['EarlyStopping'] was passed" in str(caught.value)
-    groups = [line.split("- ")[1].split(":")[0] for line in str(caught.value).splitlines() if line.startswith("  - ")]
-    assert groups[1:5] == ["trainable_variables"] * 4
+        save(model, tmp_path / "other", losses=[1.0], metric="val_nothing", monitor="val_nothing")
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -3397,7 +3242,7 @@ def test_command_line_is_the_file_or_the_module_whatever_the_settings_are(traine
 
 def test_command_line_reads_checkpoints_of_others(tmp_path):
     fit(model := dense_model(), 1)
-    GuidesManager(model, tmp_path).save_state(3)
+    GuidesCallback(model, tmp_path).on_epoch_end(3)
     code, lines, _ = command_line(tmp_path, "--verify")
     row = re.split("  +", next(line for line in lines if line.startswith("3 ")))
     assert (code, row[:3]) == (0, ["3", "?", "?"])
@@ -3409,8 +3254,7 @@ def test_command_line_reads_checkpoints_of_others(tmp_path):
 # ------------------------------------------------- seams: the only tests that use private names of the module
 
 
-def test_keras_still_has_what_the_seams_touch():
-    model = dense_model()
+def test_keras_still_has_what_the_seams_touch(model):
     assert model._initial_epoch is None
     orbax_keras_ckpt._start_at_epoch(model, 2)
     assert fit(model, 4).epoch == [2, 3]
@@ -3451,7 +3295,7 @@ def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
             orbax_keras_ckpt._unpack(packed)
 
 
-def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch):
+def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch, model):
     tree = orbax_keras_ckpt._tree
 
     def without_one(variables, values):
@@ -3460,10 +3304,8 @@ def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(t
         return made
 
     monkeypatch.setattr(orbax_keras_ckpt, "_tree", without_one)
-    manager = KerasOrbaxCheckpointManager(dense_model(), tmp_path)
-    manager.save_state(0)
     with pytest.raises(CheckpointError, match="Saving step 0 .* has failed"):
-        manager.wait_until_finished()
+        save(model, tmp_path)
     assert names(tmp_path) == []
 
 
@@ -3471,8 +3313,7 @@ JAXS_OWN = "jax._src.distributed:global_state.client"  # without it, JAX itself 
 
 
 @pytest.mark.parametrize("seam", [*sorted(orbax_keras_ckpt._SEAMS.keys() - {JAXS_OWN}), "_initial_epoch"])
-def test_seam_that_is_gone_is_named_before_anything_is_trained(seam, tmp_path, monkeypatch):
-    model = dense_model()
+def test_seam_that_is_gone_is_named_before_anything_is_trained(seam, tmp_path, monkeypatch, model):
     if seam == "_initial_epoch":
         del model._initial_epoch
     else:
@@ -3500,40 +3341,21 @@ def recipe(words, tmp_path, change=("", "")):
     return names
 
 
-def test_docstring_examples_run(tmp_path):
-    model = dense_model()
-    for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model):
+def test_docstring_examples_run(tmp_path, model):
+    checkpoint = callback(model, tmp_path)
+    for public in (KerasOrbaxCheckpointManager, OrbaxCheckpointCallback, load_model, checkpoint.resumable):
+        lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
         place = tmp_path / public.__name__.replace("load_model", "OrbaxCheckpointCallback")
-        run_example(public, place, 2, model=model, x=X, y=Y)
+        example = re.sub(r"\bepochs=\d+", "epochs=2", "\n".join(lines)).replace("/tmp", str(place))
+        names = {"model": model, "checkpoint": checkpoint, "iterator": Draws(), "x": X, "y": Y}
+        exec(example, {**globals(), **names})
 
 
-def run_example(public, directory, epochs, **names):
-    lines = [line.strip()[4:] for line in public.__doc__.splitlines() if line.strip().startswith(">>>")]
-    example = re.sub(r"\bepochs=\d+", f"epochs={epochs}", "\n".join(lines)).replace("/tmp", str(directory))
-    exec(example, {**globals(), **names})
-
-
-def test_docstring_example_of_resumable_continues(tmp_path):
-    for epochs in (1, 2):
-        seed(3)
-        model = dense_model()
-        checkpoint = callback(model, tmp_path)
-        run_example(checkpoint.resumable, tmp_path, epochs, model=model, checkpoint=checkpoint, iterator=Draws())
-    seed(3)
-    reference = dense_model()
-    reference.fit(over_and_over(Draws), steps_per_epoch=100, epochs=2, shuffle=False, verbose=0)
-    assert_equal(values(model), values(reference))
-
-
-def test_readme_is_short_and_its_lines_are_too():
-    lines = README.splitlines()
+def test_readme_is_short_and_has_two_commands_of_one_line_each():
+    lines, blocks = README.splitlines(), re.findall("```sh\n(.*?)```", README, re.DOTALL)
     assert len(lines) <= 120
     assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "python3 -m venv"))] == []
-
-
-def test_readme_has_two_commands_of_one_line_each():
-    commands = [line for block in re.findall("```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    setups = [command for command in commands if "requirements.txt" in command]
+    setups = [command for block in blocks for command in block.splitlines() if "requirements.txt" in command]
     tools = ["nbconvert", "pytest"]
     assert [tool for command in setups for tool in tools if tool in command] == tools
 
@@ -3555,43 +3377,33 @@ def test_readme_example_trains_once_and_then_says_that_nothing_is_left(tmp_path)
     listed = run_readme([command[0], HERE / command[1], *command[2:]], tmp_path).stdout
     assert re.findall(r"(?m)^(\d+) +\d+ +end ", listed) == ["7", "8", "9"]
     assert listed.endswith("All arrays are intact.\n")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorflow") is not None, reason="TensorFlow is installed")
-def test_readme_names_the_line_without_which_keras_asks_for_tensorflow(tmp_path):
-    line = EXAMPLE.splitlines()[1]
+    line = EXAMPLE.splitlines()[1]  # without which Keras asks for TensorFlow
     assert line.startswith('os.environ["KERAS_BACKEND"] = "jax"') and "TensorFlow" in line
     (tmp_path / "train.py").write_text(EXAMPLE.replace(line, ""))
-    assert "No module named 'tensorflow'" in run_readme([sys.executable, "train.py"], tmp_path).stderr
+    if not importlib.util.find_spec("tensorflow"):
+        assert "No module named 'tensorflow'" in run_readme([sys.executable, "train.py"], tmp_path).stderr
 
 
 @pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
-def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path, monkeypatch):
+def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path):
+    assert "from the guide's version, import the same names from `orbax_keras_ckpt`" in README
+    calls, steps = ['OrbaxCheckpointCallback(model, "/tmp/ckpt", 3, 10)'] * 2, ["10", "20", "30"]
     if "keras" in origin:
         skip_without_keras_callback()
-    theirs = {"KerasOrbaxCheckpointManager": GuidesManager, "OrbaxCheckpointCallback": GuidesCallback}
-    monkeypatch.setitem(sys.modules, "my_utilities", types.SimpleNamespace(**theirs))
-    imports = "import KerasOrbaxCheckpointManager, OrbaxCheckpointCallback"
-    change = [f"from my_utilities {imports}", f"from orbax_keras_ckpt {imports}"]
-    if "keras" in origin:
-        change = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups()
-        change = [f"checkpoint = {expression}" for expression in change]
+        calls, steps = re.search("replace `(.*?)`\\s+by\\s+`(.*?)`", README).groups(), ["1", "2", "3"]
 
-    def run(line, epochs, model):
-        scope = {"keras": keras, "model": model, "OrbaxCheckpointCallback": OrbaxCheckpointCallback}
-        exec(line.replace("/tmp/ckpt", str(tmp_path / "ckpt")), scope)
-        used = scope.get("checkpoint") or scope["OrbaxCheckpointCallback"](model, str(tmp_path / "ckpt"), 3)
-        return fit(model, epochs, used, shuffle=False)
-
-    models = []
-    for _ in range(3):
+    def run(epochs, call="keras.callbacks.Callback()", imported=None):
         seed(8)
-        models.append(functional())
-    uninterrupted = fit(models[0], 4, shuffle=False)
-    run(change[0], 2, models[1])
-    history = run(change[1], 4, models[2])
-    assert history.epoch == [2, 3] and history.history["loss"] == uninterrupted.history["loss"][2:]
-    assert_equal(values(models[2]), values(models[0]))
+        model = functional()
+        scope = {"keras": keras, "model": model, "OrbaxCheckpointCallback": imported}
+        return fit(model, epochs, eval(call.replace("/tmp", str(tmp_path)), scope), shuffle=False), values(model)
+
+    reference, expected = run(4)
+    run(2, calls[0], GuidesCallback)
+    history, found = run(4, calls[1], OrbaxCheckpointCallback)
+    assert history.epoch == [2, 3] and history.history["loss"] == reference.history["loss"][2:]
+    assert_equal(found, expected)
+    assert names(tmp_path / "ckpt") == steps
 
 
 def test_readme_recipe_of_the_best_checkpoint_and_early_stopping(tmp_path):
@@ -3606,7 +3418,7 @@ def test_readme_recipe_of_the_best_checkpoint_and_early_stopping(tmp_path):
 @pytest.mark.parametrize("often", ["datetime.timedelta(minutes=10)", '"auto"'])
 def test_readme_recipe_of_every_ten_minutes_saves_on_ctrl_c(often, tmp_path):
     names = recipe("Every ten", tmp_path, ("datetime.timedelta(minutes=10)", often))
-    interrupt = At((1, "train", 2), lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt = At((1, "train", 2), lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         names["model"].fit(names["x"], names["y"], epochs=3, verbose=0, callbacks=[names["checkpoint"], interrupt])
     assert names["checkpoint"].checkpoint_manager.latest_step() == 4 + 3  # within a batch
@@ -3621,11 +3433,10 @@ def test_readme_recipe_of_an_iterator_continues_where_it_was(tmp_path):
 
 def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
     change = ("KerasOrbax", "model.compile(keras.optimizers.SGD(0.01), 'mse')\nKerasOrbax")
-    before = []
-    for _ in range(2):
-        names = recipe("Fine-tuning", tmp_path, change)
-        before.append(contents(tmp_path / "my_run"))
-    assert before[0] == before[1]
+    recipe("Fine-tuning", tmp_path, change)
+    before = contents(tmp_path / "my_run")
+    names = recipe("Fine-tuning", tmp_path, change)
+    assert contents(tmp_path / "my_run") == before
     assert isinstance(load_model(tmp_path / "fine_tuned").optimizer, keras.optimizers.SGD)
     start = load_model(tmp_path / "my_run")
     assert names["model"].history.epoch == [0, 1, 2, 3, 4]
@@ -3635,17 +3446,13 @@ def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
 
 def test_readme_recipe_of_other_formats_has_the_same_weights_in_each(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
-    names = recipe("Inference", tmp_path)
-    saved, model = load_model(tmp_path / "my_run"), names["model"]
+    model, saved = recipe("Inference", tmp_path)["model"], load_model(tmp_path / "my_run")
     assert not model.compiled
-    assert_equal(values(model, optimizer=False), values(saved, optimizer=False))
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    assert_equal(again.get_weights(), saved.get_weights())
-    again.set_weights([np.zeros_like(weight) for weight in again.get_weights()])
-    again.load_weights(tmp_path / "model.weights.h5")
-    assert_equal(again.get_weights(), saved.get_weights())
+    models = [model, keras.saving.load_model(tmp_path / "model.keras"), keras.models.clone_model(model)]
+    models[-1].load_weights(tmp_path / "model.weights.h5")
     arrays = safetensors.load_file(tmp_path / "model.safetensors")
-    assert_equal([arrays[weight.path] for weight in saved.weights], saved.get_weights())
+    for weights in (*(each.get_weights() for each in models), [arrays[weight.path] for weight in saved.weights]):
+        assert_equal(weights, saved.get_weights())
 
 
 def test_readme_says_what_load_model_gives_where_fit_swaps_weights_at_its_end(tmp_path):
@@ -3666,7 +3473,7 @@ def test_readme_says_what_load_model_gives_where_fit_swaps_weights_at_its_end(tm
     assert not np.array_equal(load_model(tmp_path / "best").get_weights()[0], stopped.get_weights()[0])
 
 
-def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path):
+def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path, model):
     text = re.search(r"\*What it patches\*(.*?)\n\n", README, re.DOTALL).group(1)
     names = [name for name in re.findall(r"`(\w+)`", text) if "_" in name]
     seams = (HERE / "orbax_keras_ckpt.py").read_text().split(" seams\n")[1].split(" processes\n")[0]
@@ -3674,99 +3481,73 @@ def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path):
     modules = [module for name, module in sys.modules.items() if name.startswith("keras.src")]
     classes = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
     before = {kind: dict(vars(kind)) for kind in classes if kind.__module__.startswith("keras.src")}
-    model = dense_model()
     fit(model, 1, callback(model, tmp_path))
     assert not set(names) & set(vars(model)) - {"_initial_epoch", "train_function"} and model._initial_epoch is None
     assert [kind for kind, attributes in before.items() if dict(vars(kind)) != attributes] == []
 
 
 # What stands in for a scheduler. It sends SIGTERM to what it runs, once, when that has trained three epochs.
-SRUN = """#!/bin/sh
-"$@" & process=$!
-if [ ! -e sent ]; then
-    while [ ! -e started ]; do sleep 0.05; done
-    touch sent
-    kill -TERM $process
-fi
-wait $process
-"""
+STUBS = {  # what stands in for a scheduler, which signals the process that it has started
+    "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
+    "srun": '#!/bin/sh\necho $$ > process\nexec "$@"\n',
+    "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
+}
+STOP = """
+def begin(epoch, logs):
+    if epoch == 3 and not os.path.exists("sent"):
+        open("sent", "w").close()
+        os.kill(int(open("process").read()), 15)
+
+stop = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+checkpoint ="""
+RESULT = "np.savez('result.npz', *[np.array(v) for v in model.trainable_variables + model.optimizer.variables])\n"
 
 
-@pytest.fixture(scope="module")
-def uninterrupted_readme_example(tmp_path_factory):
-    return train_as_in_readme(tmp_path_factory.mktemp("uninterrupted"), ["python", "train.py"])
-
-
-def train_as_in_readme(folder, command, **variables):
-    """Exit code, output and result of the README's example as train.py, slowed down."""
-    programs = {
-        "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
-        "srun": SRUN,
-        "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
-        "train.py": EXAMPLE.replace("/tmp/", f"{folder}/").replace("[checkpoint]", "[checkpoint, slowly]").replace(
-            "checkpoint = ",
-            "import time, pathlib\n"
-            "slow = lambda epoch, logs: (time.sleep(0.2), epoch > 2 and pathlib.Path('started').touch())\n"
-            "slowly = keras.callbacks.LambdaCallback(on_epoch_begin=slow)\ncheckpoint = ",
-        ) + "np.savez('result.npz', *[np.array(v) for v in model.variables + model.optimizer.variables])\n",
-    }
-    for name, text in programs.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    done = run_readme(command, folder, PATH=f"{folder}:{os.environ['PATH']}", **variables)
-    result = list(np.load(folder / "result.npz").values()) if (folder / "result.npz").exists() else None
-    return done.returncode, done.stdout + done.stderr, result
-
-
-def test_readme_job_for_slurm_is_queued_again_and_ends_as_if_never_stopped(tmp_path, uninterrupted_readme_example):
+@pytest.mark.parametrize("scheduler", ["Slurm", "Kubernetes"])
+def test_readme_job_gets_the_signal_of_its_scheduler_and_ends_as_if_never_stopped(scheduler, tmp_path):
     (job,) = [block for block in re.findall("```sh\n(.*?)```", README, re.DOTALL) if "srun" in block]
-    (tmp_path / "job.sh").write_text("#!/bin/bash\n" + job)
-    code, output, result = train_as_in_readme(tmp_path, ["bash", "job.sh"], SLURM_JOB_ID="7")
-    assert code == 143 and "Stop on SIGTERM: the run is saved." in output and result is None
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    code, output, result = train_as_in_readme(tmp_path, ["bash", "job.sh"], SLURM_JOB_ID="7")
-    assert code == 0 and "Continue with epoch" in output
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # not once more
-    assert_equal(result, uninterrupted_readme_example[2])
-    (tmp_path / "train.py").unlink()
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    assert run_readme(["bash", "job.sh"], tmp_path, PATH=path).returncode == 2  # as Python's
+    train = EXAMPLE.replace("/tmp/", f"{tmp_path}/").replace("[checkpoint]", "[checkpoint, stop]") + RESULT
+    scripts = {"job.sh": "#!/bin/bash\n" + job, "train.py": train.replace("\ncheckpoint =", STOP)}
+    for name, text in (STUBS | scripts).items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
 
+    def run():
+        command = ["srun", *json.loads(re.search(r"`command: (\[.*?\])`", README)[1])]  # so does a kubelet
+        command = ["bash", "job.sh"] if scheduler == "Slurm" else command
+        return run_readme(command, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
 
-def test_readme_command_for_kubernetes_gets_the_signal_too(tmp_path, uninterrupted_readme_example):
-    command = json.loads(re.search(r"`command: (\[.*?\])`", README).group(1))
-    (tmp_path / "pod").write_text(SRUN)  # a kubelet, too, signals the process that it has started
-    code, output, result = train_as_in_readme(tmp_path, ["sh", "pod", *command])
-    assert code == 143 and "Stop on SIGTERM: the run is saved." in output and result is None
-    code, output, result = train_as_in_readme(tmp_path, command)
-    assert code == 0 and "Continue with epoch" in output
-    assert_equal(result, uninterrupted_readme_example[2])
-
-
-def notebook_outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    stopped = run()
+    assert stopped.returncode == 143 and "Stop on SIGTERM: the run is saved." in stopped.stdout
+    assert not (tmp_path / "result.npz").exists()
+    continued = run()
+    assert continued.returncode == 0 and "Continue with epoch" in continued.stdout
+    exec(EXAMPLE.replace("/tmp/", f"{tmp_path}/uninterrupted/"), expected := {})
+    assert_equal(list(np.load(tmp_path / "result.npz").values()), values(expected["model"]))
+    if scheduler == "Slurm":
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once
+        (tmp_path / "train.py").unlink()
+        assert run().returncode == 2  # as Python's
 
 
 def test_notebook_is_small_and_easy_to_read():
     nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
     assert (HERE / "guide.ipynb").stat().st_size < 150_000
     notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    assert max(len(source.splitlines()) for source in sources) <= 20
-    assert "".join(sources).count("rmtree") == 1  # of /tmp/ckpt
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
+    assert "".join(cell.source for cell in cells).count("rmtree") == 1  # of /tmp/ckpt
     assert not any("execution" in cell.metadata for cell in notebook.cells)  # when it was run is nobody's business
-    assert {output.get("name", "stdout") for output in notebook_outputs(notebook)} == {"stdout"}
+    assert {output.get("name", "stdout") for cell in cells for output in cell.outputs} == {"stdout"}
     page, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
     texts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
     assert len(texts) == page.count("<img ") == 2 and all("loss" in text.lower() for text in texts)
 
 
 def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    committed = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
+    committed, notebook = (nbformat.read(HERE / "guide.ipynb", as_version=4) for _ in range(2))
     executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
     assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code")
 
@@ -3796,7 +3577,7 @@ def attempts(work, waits=False, **options):
 def traced(directory, kind):
     """A run whose system calls are noted: of snapshots that are replaced, or over damage."""
     warnings.simplefilter("ignore")
-    for place in ([(0, "train", 2), (1, "train", 2)] if kind == "replaced" else []):
+    for place in [(0, "train", 2), (1, "train", 2)] if kind == "replaced" else []:
         with contextlib.suppress(SystemExit):
             attempt(directory, place, max_to_keep=1)
     attempt(directory, max_to_keep=1, epochs=4 if kind == "damaged" else 3)
@@ -3808,15 +3589,15 @@ def last_line(directory):
 
 
 def saves_again_and_again(directory):
-    """A hundred saves of 50 MB; prints the memory of the process after thirty and in the end."""
+    """A hundred saves of 50 MB: the memory of the process after thirty of them and in the end."""
     model = compiled(keras.Sequential([keras.Input((2048,)), layers.Dense(2048)]))
     manager, memory = KerasOrbaxCheckpointManager(model, directory, 1), []
-    for epoch in range(100):
-        manager.save_state(epoch)
-        if epoch in (29, 99):
-            manager.wait_until_finished()
-            memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
-    print(json.dumps(memory))
+    for epochs in (range(30), range(30, 100)):
+        for epoch in epochs:
+            manager.save_state(epoch)
+        manager.wait_until_finished()
+        memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert memory[1] - memory[0] < 50e6, memory
 
 
 def goes_on(directory, stop):
@@ -3843,52 +3624,43 @@ def emulator(port):
     create_server("localhost", int(port), in_memory=True, default_bucket="bucket").run()
 
 
-def bucket_attempt(directory, *place):
-    """Four epochs, or until a signal before batch 2 of an epoch."""
-    seed(1)
-    model, at = dense_model(), At()
-    if place:
-        at = At((int(place[0]), "train", 2), lambda: os.kill(os.getpid(), getattr(signal, place[1])))
-    fit(model, 4, *([callback(model, directory, 3)] if directory else []), at)
-    return values(model)
-
-
 def bucket_cycle(directory):
-    folder, result = epath.Path(directory), {"exit codes": [], "refused": []}
-    address = os.environ["STORAGE_EMULATOR_HOST"]
+    address, options = os.environ["STORAGE_EMULATOR_HOST"], {"epochs": 4, "max_to_keep": 3}
+    expected = uninterrupted(epochs=4)[1]
+
+    def leave_at(*place):
+        return Process(os.path.join(tempfile.mkdtemp(), "log"), "attempt", directory, place, **options).join()[0]
 
     def entries():  # as the server tells them
         objects = json.load(urllib.request.urlopen(f"{address}/storage/v1/b/bucket/o?prefix=ckpt/"))["items"]
         return sorted({each["name"].split("/")[1] for each in objects} - {""})
 
-    expected = bucket_attempt(None)
-    for epoch, name in ((1, "SIGKILL"), (2, "SIGTERM")):
-        result["exit codes"].append(script("bucket_attempt", directory, epoch, name, check=False).returncode)
-        result["after kill" if epoch == 1 else "after term"] = entries()
-    killed = folder / "0"
+    assert leave_at(1, "train", 2, "SIGKILL") == -signal.SIGKILL
+    assert entries() == ["0"]
+    assert leave_at(2, "train", 2, "SIGTERM") == 128 + signal.SIGTERM
+    assert entries() == ["0", "1", "2"]  # the last one inside its epoch
+    killed = epath.Path(directory, "0")
     (killed / "_CHECKPOINT_METADATA").write_text("{}")  # what a killed save or deletion leaves
     (killed / "default/d/0").write_text("")
     (killed / "commit_success.txt").unlink(missing_ok=True)
-    assert_equal(bucket_attempt(directory), expected)
-    result["resumed"] = entries()
-    path = max((folder / "3/default/d").iterdir(), key=lambda path: path.stat().length)
+    assert_same_end(attempt(directory, **options)[1], expected)
+    assert entries() == ["1", "2", "3"]  # three are kept, leftovers are gone
+    code, lines, _ = command_line(directory, "--verify")
+    row = re.split("  +", next(line for line in lines if line.startswith("2 ")))
+    assert code == 0 and row[1:3] == ["3", "end"] and float(row[4].removesuffix(" kB")) > 0
+    path = max(epath.Path(directory, "3/default/d").iterdir(), key=lambda path: path.stat().length)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    code, result["table"], _ = command_line(directory, "--verify")
     path.write_bytes(bytes(data))
-    result["codes"] = [code, command_line(directory, "--verify")[0]]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert_equal(bucket_attempt(directory), expected)
-    result["after damage"] = entries()
-    assert_equal(values(load_model(directory)), expected)
-    result["warning"] = next(str(each.message) for each in caught if "is restored" in str(each.message))
-    for refused in ("gs://missing-bucket/x", "s3://bucket/x"):
-        try:
-            KerasOrbaxCheckpointManager(dense_model(), refused)
-        except (OSError, ValueError) as error:
-            result["refused"].append(f"{type(error).__name__}: {error}")
-    print(json.dumps(result))
+    assert not is_intact(directory)
+    with pytest.warns(UserWarning, match="(?s)Step 2 is restored.*DATA_LOSS"):
+        assert_same_end(attempt(directory, **options)[1], expected)
+    assert entries() == ["1", "2", "3", "3.damaged"]
+    assert_equal(values(load_model(directory)), expected[0])
+    with pytest.raises(OSError, match="checkpoint_dir='gs://missing-bucket/x' cannot be reached or written to"):
+        callback(dense_model(), "gs://missing-bucket/x")
+    with pytest.raises(ValueError, match="^checkpoint_dir='s3://bucket/x': of URLs only gs://"):
+        callback(dense_model(), "s3://bucket/x")
 
 
 # Scenarios of many processes: `among` makes each of them one of a group.
@@ -4002,32 +3774,25 @@ def trains(work, layout, *, place=None, checkpoint=True, pause=0, freq="epoch", 
 
 
 def falls_back(work, directories):
-    """Continues from each, and from the last restores the newest step by name; prints what has come of it."""
-    model, results = distributed_model("model"), []
+    """Continues from each; of the last, it asks for the newest step."""
+    model = distributed_model("model")
     for directory in directories[:-1]:
         ours = callback(model, directory, stateful=[Keeper(np.full(3, 0))])
-        epochs = model.fit(Plain("noise", TOGETHER, 8), shuffle=False, epochs=2, verbose=0, callbacks=[ours]).epoch
-        results.append(epochs[-1])
+        history = model.fit(Plain("noise", TOGETHER, 8), shuffle=False, epochs=2, verbose=0, callbacks=[ours])
+        assert history.epoch == [0, 1]
     before = gathered(model)
-    try:
+    with pytest.raises(CheckpointCorruptError):
         restore(model, directories[-1], 2)
-    except CheckpointError as error:
-        results.append(type(error).__name__)
     assert_equal(list(gathered(model).values()), list(before.values()))
-    print(json.dumps(results))
 
 
 def fails_alone(work, victim):
     """A save that fails in the background of one process, and then one that does not."""
     manager = KerasOrbaxCheckpointManager(distributed_model("model"), os.path.join(work, "ckpt"))
-    with full_disk(12_000) if jax.process_index() == victim else contextlib.nullcontext():
-        try:
-            manager.save_state(0)
-            manager.wait_until_finished()
-        except CheckpointError as error:
-            message = str(error)
-    print(message)  # not before: the output is in a file too
-    assert manager.save_state(1)
+    failing = full_disk(12_000) if jax.process_index() == victim else contextlib.nullcontext()
+    with failing, pytest.raises(CheckpointError, match="(?s)Saving step 0.*File too large"):
+        commit(manager, 0)
+    commit(manager, 1)
     manager.close()
 
 
@@ -4050,9 +3815,7 @@ def relays(work, directory, kinds):
 def program(scenario, *arguments, **options):
     global is_program
     is_program = True
-    scenarios = (attempts, traced, last_line, saves_again_and_again, goes_on, emulator, bucket_attempt, bucket_cycle,
-                 among, trains, falls_back, fails_alone, relays)  # fmt: skip
-    {each.__name__: each for each in scenarios}[scenario](*arguments, **options)
+    globals()[scenario](*arguments, **options)
 
 
 if __name__ == "__main__":
