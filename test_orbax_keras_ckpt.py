@@ -3384,7 +3384,7 @@ def test_readme_example_trains_once_and_then_says_that_nothing_is_left(tmp_path)
 
 @pytest.mark.parametrize("origin", ["the guide's version", "keras.callbacks.OrbaxCheckpoint"])
 def test_readme_moving_over_is_a_change_of_one_line_and_continues_the_run(origin, tmp_path):
-    assert "from the guide's version, import the same names from `orbax_keras_ckpt`" in README
+    assert "from Keras's Orbax guide, import the same names from `orbax_keras_ckpt`" in README
     calls, steps = ['OrbaxCheckpointCallback(model, "/tmp/ckpt", 3, 10)'] * 2, ["10", "20", "30"]
     if "keras" in origin:
         skip_without_keras_callback()
