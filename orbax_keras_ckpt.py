@@ -168,7 +168,12 @@ _MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, col
 _FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # of a defaultdict
 _DATES = {kind.__name__: kind for kind in (datetime.datetime, datetime.date)}
 _OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
-_BIT_GENERATORS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")
+_BITS = {kind: getattr(np.random, kind) for kind in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")}
+_GENERATORS: dict[type, tuple[Callable, Callable]] = {  # how to get and set the states of random generators
+    random.Random: (random.Random.getstate, random.Random.setstate),
+    np.random.RandomState: (lambda old: old.get_state(legacy=False), np.random.RandomState.set_state),
+    np.random.Generator: (lambda old: old.bit_generator.state, lambda new, to: setattr(new.bit_generator, "state", to)),
+}
 _INLINE_BYTES = 2**13  # larger arrays are stored outside the JSON
 
 
@@ -193,12 +198,8 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
         return {"bytes": base64.b64encode(value).decode()}
     if kind in _DATES.values():
         return {kind.__name__: value.isoformat()}
-    if kind is np.random.Generator and type(value.bit_generator).__name__ in _BIT_GENERATORS:
-        return {"generator": type(value.bit_generator).__name__, "state": pack(value.bit_generator.state)}
-    if kind is random.Random:
-        return {"Random": pack(value.getstate())}
-    if kind is np.random.RandomState:
-        return {"RandomState": pack(value.get_state(legacy=False))}
+    if kind in _GENERATORS:
+        return {kind.__name__: pack(_GENERATORS[kind][0](value))}
     if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
             return _pack_array(value, arrays)
@@ -249,16 +250,12 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
             return collections.defaultdict(_FACTORIES[other] if other else None, items)
         case "bytes":
             return base64.b64decode(content)
-        case "generator" if content in _BIT_GENERATORS:
-            generator = np.random.Generator(getattr(np.random, content)())
-            generator.bit_generator.state = unpack(other)
+        case "Random" | "RandomState" | "Generator":
+            state = unpack(content)
+            make = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
+            generator = make() if make else np.random.Generator(_BITS[state["bit_generator"]]())
+            _GENERATORS[type(generator)][1](generator, state)
             return generator
-        case "Random":
-            (python := random.Random()).setstate(unpack(content))
-            return python
-        case "RandomState":
-            (legacy := np.random.RandomState()).set_state(unpack(content))
-            return legacy
         case "torch":
             return sys.modules["torch"].from_numpy(np.array(unpack(content)))
         case "operation" if content in _OPERATIONS:
@@ -1085,16 +1082,12 @@ def _is_saveable(value: Any) -> bool:
 
 def _set_generator(generator: Any, other: Any) -> bool:
     """Sets a random generator to the state of another one, if both are of one kind."""
-    kind = type(generator)
-    if kind is not type(other) or kind not in (np.random.Generator, np.random.RandomState, random.Random):
+    if type(generator) is not type(other) or type(generator) not in _GENERATORS:
         return False
-    if kind is random.Random:
-        generator.setstate(other.getstate())
-    elif kind is np.random.RandomState:
-        generator.set_state(other.get_state(legacy=False))
-    elif type(generator.bit_generator) is type(other.bit_generator):
-        generator.bit_generator.state = other.bit_generator.state
-    else:
+    get, put = _GENERATORS[type(generator)]
+    try:
+        put(generator, get(other))
+    except ValueError:  # of another bit generator
         return False
     return True
 
@@ -1116,7 +1109,7 @@ def _is_order(value: Any, has_hooks: bool = True) -> bool:
     Large arrays are taken for the data, and so is every array and list of a dataset that has no hooks to shuffle in.
     """
     if not has_hooks:
-        return isinstance(value, (*_PLAIN, np.random.Generator, np.random.RandomState, random.Random))
+        return isinstance(value, (*_PLAIN, *_GENERATORS))
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
         return is_small and _is_saveable(value.reshape(-1)[:1])
