@@ -1109,7 +1109,7 @@ def _is_order(value: Any, has_hooks: bool = True) -> bool:
     Large arrays are taken for the data, and so is every array and list of a dataset that has no hooks to shuffle in.
     """
     if not has_hooks:
-        return isinstance(value, (*_PLAIN, *_GENERATORS))
+        return isinstance(value, (*_PLAIN, *_GENERATORS)) and _is_saveable(value)
     if isinstance(value, (np.ndarray, jax.Array)):
         is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
         return is_small and _is_saveable(value.reshape(-1)[:1])
@@ -1118,7 +1118,7 @@ def _is_order(value: Any, has_hooks: bool = True) -> bool:
     return type(value) in _PLAIN or _is_saveable(value)
 
 
-# What the script set, by object. One that is given to a second callback has changed already.
+# What the script set, by callback. One that is given to a second OrbaxCheckpointCallback has changed already.
 _INITIAL: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -1151,9 +1151,9 @@ class _Stateful:
         self.get, self._put = methods or own
         self._initial: dict[str, Any] = {}
         if methods is None:
-            kinds = object if self._base is keras.callbacks.Callback else _PLAIN
-            initial = {name: value for name, value in self.copy().items() if isinstance(value, kinds)}
-            self._initial = _INITIAL.setdefault(member, initial)
+            is_callback = self._base is keras.callbacks.Callback
+            initial = {n: value for n, value in self.copy().items() if is_callback or isinstance(value, _PLAIN)}
+            self._initial = _INITIAL.setdefault(member, initial) if is_callback else initial
 
     def _changed(self) -> dict[str, Any]:
         inherited, changed = vars(self._base()), {}
@@ -2245,7 +2245,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             time to save. Defaults to False.
         **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
-            `preservation_policy`, `max_to_keep` is ignored.
+            `preservation_policy`, `max_to_keep` is ignored. With `best_fn`, the newest is kept as well.
 
     Raises:
         ValueError: An argument is invalid, or Keras's backend is not JAX.
@@ -2313,9 +2313,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if self._monitor is None and self._best_fn is None:
             return {"max_to_keep": max_to_keep}
         # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
+        keeps = given.pop("keep_checkpoints_without_metrics", True)
         policies = [
             ocp.checkpoint_managers.LatestN(1),
-            ocp.checkpoint_managers.BestN(get_metric_fn=self._score, n=max_to_keep),
+            ocp.checkpoint_managers.BestN(
+                get_metric_fn=self._score, n=max_to_keep, keep_checkpoints_without_metrics=keeps
+            ),
         ]
         if period := given.pop("keep_period", None):
             policies.append(ocp.checkpoint_managers.EveryNSteps(period))

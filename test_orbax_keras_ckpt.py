@@ -1179,6 +1179,9 @@ def test_generator_that_two_objects_share_is_shared_after_a_resume(tmp_path):
 
 
 def test_fit_within_on_epoch_begin_trains_in_a_resumed_run_too(tmp_path):
+    if keras.version() < "3.11":
+        pytest.skip("Keras 3.10 itself cannot fit within a fit before the first batch")
+
     def run(directory, place=None):
         seed(3)
         model = dense_model()
