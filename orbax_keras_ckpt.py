@@ -3440,8 +3440,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Returns whether everything that was read is intact."""
-    place = _usable_directory(directory, {"read_only": True})
-    if not (steps := _steps(place)):
+    if not (steps := _steps(place := _usable_directory(directory, {"read_only": True}))):
         raise FileNotFoundError(_nothing_in(place))
     best, problems, result = _best(_records(steps)), [], "All arrays are intact."
     table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]]
@@ -3466,16 +3465,12 @@ def _look(directory: str, verify: bool) -> bool:
     return not problems
 
 
-def _main() -> int:
+if _IS_PROGRAM:
     parser = argparse.ArgumentParser(description="Lists the checkpoints in a directory. Changes nothing.")
     parser.add_argument("directory", metavar="DIR", help="a path, or gs://bucket/path")
     parser.add_argument("--verify", action="store_true", help="read every array and check it; exit code 1 on damage")
     try:
-        return 0 if _look(**vars(parser.parse_args())) else 1
+        sys.exit(0 if _look(**vars(parser.parse_args())) else 1)
     except (OSError, CheckpointError, ValueError) as error:
         print(error, file=sys.stderr)
-        return 2
-
-
-if _IS_PROGRAM:
-    sys.exit(_main())
+        sys.exit(2)
