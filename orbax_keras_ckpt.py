@@ -1118,8 +1118,8 @@ def _is_order(value: Any, has_hooks: bool = True) -> bool:
     return type(value) in _PLAIN or _is_saveable(value)
 
 
-# What the script set, by callback. One that is given to a second OrbaxCheckpointCallback has changed already.
-_INITIAL: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+# What the script set, by the id of the callback. One given to a second OrbaxCheckpointCallback has changed already.
+_INITIAL: dict[int, dict[str, Any]] = {}
 
 
 class _Stateful:
@@ -1153,7 +1153,9 @@ class _Stateful:
         if methods is None:
             is_callback = self._base is keras.callbacks.Callback
             initial = {n: value for n, value in self.copy().items() if is_callback or isinstance(value, _PLAIN)}
-            self._initial = _INITIAL.setdefault(member, initial) if is_callback else initial
+            if is_callback and id(member) not in _INITIAL:
+                weakref.finalize(member, _INITIAL.pop, id(member), None)
+            self._initial = _INITIAL.setdefault(id(member), initial) if is_callback else initial
 
     def _changed(self) -> dict[str, Any]:
         inherited, changed = vars(self._base()), {}
@@ -2909,7 +2911,8 @@ class _Run(keras.callbacks.Callback):
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
         callbacks = [each for each in self.callback._stateful if isinstance(each.member, keras.callbacks.Callback)]
-        if idle := [each.label for each in callbacks if each.member not in self.fit.callbacks.callbacks]:
+        running = set(map(id, self.fit.callbacks.callbacks))
+        if idle := [each.label for each in callbacks if id(each.member) not in running]:
             _warn(f"{', '.join(idle)} was not passed to fit(callbacks=[...]), so it does nothing here.")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(

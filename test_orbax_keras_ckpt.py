@@ -7,6 +7,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 import collections
 import contextlib
 import copy
+import dataclasses
 import datetime
 import functools
 import gc
@@ -1738,6 +1739,26 @@ def test_resumable_refuses_what_it_cannot_follow(tmp_path, model):
     model.fit(checkpoint.resumable(Draws()), steps_per_epoch=3, callbacks=[checkpoint], **options)
     with pytest.raises(CheckpointMismatchError, match=r"fit read checkpoint.resumable\(data\) then"):
         fit(model, 2, callback(model, tmp_path))
+
+
+@dataclasses.dataclass
+class Counting(keras.callbacks.Callback):
+    """Has no hash, as every dataclass that can be compared."""
+
+    seen: int = 0
+
+    def __post_init__(self):
+        super().__init__()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen += 1
+
+
+def test_callback_that_is_a_dataclass_comes_back(tmp_path):
+    for epochs in (1, 3):
+        counting, model = Counting(), dense_model()
+        fit(model, epochs, counting, callback(model, tmp_path, stateful=[counting]))
+        assert counting.seen == epochs
 
 
 def test_callback_that_was_used_before_comes_back_as_in_a_new_process(tmp_path):
