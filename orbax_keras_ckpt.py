@@ -2027,12 +2027,13 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
                 variables[live].trainable = trainable[place]
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
-    with tempfile.TemporaryDirectory() as folder:  # outside safe mode, as in Keras: these are files
-        if archive:
-            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("assets/")])
-        for place, layer in enumerate(_layers(model)):
-            if os.path.isdir(path := os.path.join(folder, "assets", str(place))):
-                layer.load_assets(path)
+    assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
+    if archive and assets:  # outside safe mode, as in Keras: these are files
+        with tempfile.TemporaryDirectory() as folder:
+            archive.extractall(folder, assets)
+            for place, layer in enumerate(_layers(model)):
+                if os.path.isdir(path := os.path.join(folder, "assets", str(place))):
+                    layer.load_assets(path)
     return model
 
 
@@ -2335,10 +2336,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return -math.inf if math.isnan(value) else value if mode == "max" else -value
 
     def _resolved_mode(self) -> str:
+        if self._mode == "auto":
+            self._mode = _direction(self._model, str(self._monitor)) or "auto"
         if self._mode == "auto":  # before its first fit, the model does not know its metrics
             saved = [record.monitor for _, record in sorted(_records(self._committed()).items()) if record.monitor]
-            known = [mode for name, mode in saved if name == self._monitor]
-            self._mode = _direction(self._model, str(self._monitor)) or (known[-1] if known else "auto")
+            self._mode = dict(saved).get(str(self._monitor), "auto")  # as the newest that names it
         if self._mode == "auto":
             raise ValueError(
                 f'mode="auto": the model\'s metrics do not say whether a high or a low {self._monitor!r} is better. '
