@@ -562,42 +562,14 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         _flush(final.parent, recursive=False)
 
 
-class _Deleter:
-    """Orbax's deleter of old steps, which also removes leftovers after each commit.
-
-    The commit marker is deleted first, so a killed deletion never leaves half a step that looks committed. The new step
-    is already committed by then, so failures here are recorded and do not fail the save.
-    """
-
-    def __init__(self, deleter: Any, mark: Callable[[int], None], tidy: Callable[[], None]):
-        self._deleter, self._mark, self._tidy = deleter, mark, tidy
-        self.failures: list[str] = []
-
-    def delete(self, step: int) -> None:
-        self._mark(step)
-        self._deleter.delete(step)
-
-    def delete_steps(self, steps: Sequence[int]) -> None:
-        deletions: list[Callable[[], None]] = [functools.partial(self.delete, step) for step in steps]
-        for work in [*deletions, self._tidy]:
-            try:
-                work()
-            except OSError as error:
-                self.failures.append(str(error))
-
-    def close(self) -> None:
-        self._deleter.close()
-
-
 class _Hooked(ocp.CheckpointManager):
-    """Orbax's manager, with hooks into how it lists steps, deletes them and handles failed saves."""
+    """Orbax's manager, with hooks into how it lists steps, ends commits, deletes steps and handles failed saves."""
 
-    def _watch_deletions(self) -> None:
-        self._checkpoint_deleter: Any = _Deleter(self._checkpoint_deleter, self._unmark, self._tidy)
-
-    def _deletion_failures(self) -> list[str]:
-        failures, self._checkpoint_deleter.failures = self._checkpoint_deleter.failures, []
-        return failures
+    def _watch_deletions(self, keeps_deleted: bool) -> None:
+        deleter: Any = self._checkpoint_deleter
+        deleter.delete_steps = self._after_commit
+        if not keeps_deleted:
+            deleter.delete = self._delete_step
 
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
         # Orbax's own fails on one bad byte in any step, and globs in a path that may contain brackets.
@@ -1560,8 +1532,6 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
-_CONTENTS = {_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
-_PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
@@ -1586,26 +1556,6 @@ def _is_committed(path: epath.Path) -> bool:
     return (path / (_COMMITTED if _is_bucket(path) else _METADATA)).exists()
 
 
-def _unmark(path: epath.Path) -> None:
-    """Deletes the commit marker of a step, atomically: what is left of the folder no longer counts as a step."""
-    for name in (_COMMITTED, _METADATA) if _is_bucket(path) else (_METADATA, _COMMITTED):  # as _is_committed looks
-        (path / name).unlink(missing_ok=True)
-
-
-def _may_be_step(path: epath.Path) -> bool:
-    """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
-        items = _entries(path)
-        parts = [part.name for item in items if item.is_dir() for part in _entries(item)]
-        own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
-        return _CONTENTS.issuperset(item.name for item in items) and not own
-    return False
-
-
-def _is_step(path: epath.Path) -> bool:
-    return _is_committed(path) or _may_be_step(path)
-
-
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
     """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
@@ -1613,26 +1563,23 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
-    steps: dict[int, epath.Path] = {}
-    bare: dict[int, epath.Path] = {}
-    replaced: dict[int, epath.Path] = {}
-    for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
-        kind = replaced if match["aside"] else steps if path in committed else bare
-        if path in committed or _may_be_step(path):
-            kind[int(match["step"])] = path
-    return steps, bare, replaced
+    folders: tuple[dict[int, epath.Path], ...] = {}, {}, {}
+    for path, match in found:
+        if match["prefix"] == prefix:
+            folders[2 if match["aside"] else 0 if path in committed else 1][int(match["step"])] = path
+    return folders
 
 
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """The steps in a directory and their folders; with any prefix, if none is given.
 
-    A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
-    step if it is above all committed ones, or else what a deletion left behind.
+    A snapshot that is being replaced counts until its successor is committed. A step that has lost its metadata is
+    damaged; below the newest it is ignored.
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
-    return damaged | replaced | steps
+    damaged = {step: path for step, path in bare.items() if step > newest and (path / "default").exists()}
+    return ({} if _is_bucket(directory) else damaged) | replaced | steps
 
 
 def _nothing_in(directory: epath.Path) -> str:
@@ -1655,10 +1602,19 @@ def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epa
     return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
 
 
+def _delete(path: epath.Path) -> None:
+    """Deletes a committed step. If killed midway, a folder is left that counts as temporary."""
+    if _is_bucket(path):
+        (path / _COMMITTED).unlink(missing_ok=True)
+    else:
+        path = path.rename(path.parent / f"{path.name}.orbax-checkpoint-tmp-{uuid.uuid4().hex}")
+    path.rmtree()
+
+
 def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
     """Removes what killed saves and deletions left at or below the newest step, and replaced snapshots."""
-    steps, bare, replaced = _folders(directory, prefix)
-    for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
+    steps, _, replaced = _folders(directory, prefix)
+    for step, path in [*_temporary(directory, prefix), *replaced.items()]:
         if step <= max(steps, default=-1):
             path.rmtree(missing_ok=True)
 
@@ -1714,15 +1670,10 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
         raise
 
 
-def _metadata(path: epath.Path) -> dict[str, Any]:
-    """Orbax's metadata of a step. Its own metadata() reads a lot more, and does not work everywhere."""
-    return _json(path / _METADATA)
-
-
 def _read_record(step: int, path: epath.Path) -> _Record | None:
     """The record of a step; None if another tool wrote it. CheckpointCorruptError if it is damaged."""
     with _reading(step, path):
-        return _Record.from_metadata(_metadata(path))
+        return _Record.from_metadata(_json(path / _METADATA))
 
 
 def _array_folder(path: epath.Path) -> epath.Path:
@@ -2287,14 +2238,14 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._saving: tuple[int, str] | None = None  # step and id of the save in progress
         self._is_writing = False  # until it is committed or has failed
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
+        self._undeleted: list[str] = []  # why deletions failed
         self._fitting = False  # while True, the callback asks JAX for signals
         self._meetings = _Meetings()
         self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
         handlers = {"default": _tree_handler(self._arrays), "run": _tree_handler(self._rows)}
         super().__init__(directory, item_handlers=handlers, options=options)
-        self._keeps_deleted = bool(options.todelete_subdir or getattr(options, "todelete_full_path", None))
-        self._watch_deletions()
+        self._watch_deletions(bool(options.todelete_subdir or getattr(options, "todelete_full_path", None)))
 
     def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """All options of Orbax's manager."""
@@ -2304,10 +2255,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
         given.pop("enable_background_delete", None)  # deletions are in the background of a save anyway
-        ours = {"async_options": waiting, "prevent_write_metrics": True}
+        ours = {"async_options": waiting, "prevent_write_metrics": True, "step_prefix": self._prefix}
         if not _is_bucket(directory):
             ours["temporary_path_class"] = _FlushedPath
-        return {**ours, **self._retention(max_to_keep, given), **given, "step_prefix": self._prefix}
+        return {**self._retention(max_to_keep, given), **given, **ours}
 
     def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """The options that say what is kept; removes those that they replace from `given`."""
@@ -2371,35 +2322,38 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return record.metrics if record else None
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
-        """For Orbax: the committed steps, when they were committed, and their metrics, which damaged ones lack."""
-        steps = self._committed()
-        for path in [path for path in steps.values() if path not in self._known]:
-            nanoseconds, record = 0, None
-            with contextlib.suppress(Exception):  # from any damage, which is reported on restore
-                metadata = _metadata(path)
-                nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
-                record = _Record.from_metadata(metadata)
-            committed = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
-            self._known[path] = committed, record.metrics if record else {}
-        self._known = {path: known for path, known in self._known.items() if path in steps.values()}
-        known = {step: self._known[path] for step, path in sorted(steps.items())}
-        return [(step, committed, self._judged(metrics)) for step, (committed, metrics) in known.items()]
+        """For Orbax: the committed steps, when they were committed, and their metrics."""
+        steps = sorted(self._committed().items())
+        self._known = {path: self._known.get(path) or self._known_step(step, path) for step, path in steps}
+        return list(self._known.values())
+
+    def _known_step(self, step: int, path: epath.Path) -> tuple[int, datetime.datetime, dict[str, float] | None]:
+        nanoseconds, metrics = 0, {}
+        with contextlib.suppress(Exception):  # from any damage, which is reported on restore
+            metadata = _json(path / _METADATA)
+            nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
+            if record := _Record.from_metadata(metadata):
+                metrics = record.metrics
+        return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), self._judged(metrics)
 
     def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
         """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
         return metrics if metrics or self._monitor is not None else None
 
-    def _unmark(self, step: int) -> None:
-        """Called before a step is deleted: removes its commit marker."""
-        path = _steps(self.directory, self._prefix).get(step)
-        if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
-            _unmark(path)
-
-    def _tidy(self) -> None:
-        """Called after each commit: removes leftovers."""
+    def _after_commit(self, outdated: Sequence[int]) -> None:
+        """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
         self._is_writing = False
-        if jax.process_index() == 0:
-            _remove_leftovers(self.directory, self._prefix)
+        deletions = [functools.partial(self._checkpoint_deleter.delete, step) for step in outdated]
+        for work in [*deletions, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
+            try:
+                work()
+            except OSError as error:  # the new step is committed: this must not fail its save
+                self._undeleted.append(str(error))
+
+    def _delete_step(self, step: int) -> None:
+        path = self._committed().get(step)
+        if jax.process_index() == 0 and path is not None:
+            _delete(path)
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
@@ -2500,10 +2454,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
-                match = _STEP.fullmatch(path.name)
-                if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
-                    raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
+            in_the_way = _folders(self.directory, self._prefix)[1].get(step)  # raises if the directory is gone
+            if in_the_way and not _is_bucket(self.directory):  # Orbax would delete it
+                raise FileExistsError(f"{in_the_way} is in the way, and is not a checkpoint. Move it elsewhere.")
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2612,7 +2565,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self._end_failed(self._saving, error)
         self._saving = None
         _SAVING.discard(self)
-        for reason in self._deletion_failures():
+        undeleted, self._undeleted = self._undeleted, []
+        for reason in undeleted:
             _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
 
     def _end_failed(self, saving: Any, error: Exception) -> None:
@@ -3434,7 +3388,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
     """The table columns of a step. Variables and parameters are counted as in Keras's summary."""
     at = record and record.position
     place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
-    nanoseconds = _metadata(path).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
+    nanoseconds = _json(path / _METADATA).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
     specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
