@@ -1570,6 +1570,14 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     return folders
 
 
+def _is_rest(path: epath.Path) -> bool:
+    """Whether a folder without metadata may be what is left of a step; any other is the user's own."""
+    try:
+        return all(item.name in ("default", "run", _COMMITTED) for item in path.iterdir())
+    except OSError:  # deleted meanwhile, or a file
+        return False
+
+
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """The steps in a directory and their folders; with any prefix, if none is given.
 
@@ -1578,7 +1586,7 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    damaged = {step: path for step, path in bare.items() if step > newest and (path / "default").exists()}
+    damaged = {step: path for step, path in bare.items() if step > newest and _is_rest(path)}
     return ({} if _is_bucket(directory) else damaged) | replaced | steps
 
 
