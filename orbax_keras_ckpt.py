@@ -1421,7 +1421,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
             for source in sources:
                 source.experimental_copy_range_to(target.with_transaction(transaction)).result()
             transaction.commit_sync()
-        if self.expected is not None:
+        if self.expected is not None and directory.name.startswith("default"):
             _check_tree(directory, self.expected)
             _open_arrays(directory, self.expected, self.save)
 
@@ -2154,14 +2154,13 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
 _SAVING: set[Any] = set()  # managers of this process with a save in progress
 
 
-def _wait_for_saves(directory: epath.Path, manager: Any = None) -> None:
-    """Waits for this process's saves in a directory. A failed save is raised by the manager that started it."""
-    for each in [each for each in list(_SAVING) if each.directory == directory]:
+def _wait_for_saves(directory: epath.Path, besides: Any = None) -> None:
+    """Waits for other managers' saves in a directory. A failed save is raised by the manager that started it."""
+    place = os.path.realpath(directory)
+    for each in [each for each in list(_SAVING) if os.path.realpath(each.directory) == place and each is not besides]:
         try:
             each.wait_until_finished()
         except CheckpointError as error:
-            if each is manager:
-                raise
             each._failure = error
 
 
@@ -2241,6 +2240,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._best_fn = (kwargs["best_fn"], kwargs.get("best_mode", "max")) if kwargs.get("best_fn") else None
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
+        self._lock = threading.RLock()  # saves may be asked for in several threads
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix") or None
         self._saving: tuple[int, str] | None = None  # step and id of the save in progress
@@ -2249,9 +2249,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._undeleted: list[str] = []  # why deletions failed
         self._fitting = False  # while True, the callback asks JAX for signals
         self._meetings = _Meetings()
-        self._arrays, self._rows = _ArrayHandler(compression), _ArrayHandler()
+        self._arrays = _ArrayHandler(compression)
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
-        handlers = {"default": _tree_handler(self._arrays), "run": _tree_handler(self._rows)}
+        handlers = {item: _tree_handler(self._arrays) for item in ("default", "run")}
         super().__init__(directory, item_handlers=handlers, options=options)
         self._watch_deletions(bool(options.todelete_subdir or getattr(options, "todelete_full_path", None)))
 
@@ -2401,9 +2401,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
-        self._model.jax_state_sync()  # within fit, by another callback
-        self._describe()  # the model may have been recompiled
-        return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
+        with self._lock:
+            self._model.jax_state_sync()  # within fit, by another callback
+            self._describe()  # the model may have been recompiled
+            return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
         self,
@@ -2425,6 +2426,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if values is None:
             values = _values(members.values() for members in variables.values())
         self._check_is_distributed(values)
+        _wait_for_saves(self.directory, besides=self)
         self._make_room(step)
         if not force and not self.should_save(step):
             return False
@@ -2458,7 +2460,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
         """Hands a save to Orbax, which continues it in the background."""
-        self._arrays.save = self._rows.save = self._meetings.save = record.save
+        self._arrays.save = self._meetings.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
@@ -2557,23 +2559,24 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
         """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
-            _wait_for_saves(self.directory, self)
+            _wait_for_saves(self.directory, besides=self)
             self.wait_until_finished()
         how |= {"sets_aside": not self._read_only, "best_step": self.best_step}
         return _Restore(self.directory, self._prefix, lambda: self._model, variables_for, **how).run(step)
 
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise failure
-        try:
-            super().wait_until_finished()
-        except Exception as error:
-            self._end_failed(self._saving, error)
-        self._saving = None
-        _SAVING.discard(self)
-        undeleted, self._undeleted = self._undeleted, []
+        with self._lock:
+            if (failure := self._failure) is not None:
+                self._failure = None
+                raise failure
+            try:
+                super().wait_until_finished()
+            except Exception as error:
+                self._end_failed(self._saving, error)
+            self._saving = None
+            _SAVING.discard(self)
+            undeleted, self._undeleted = self._undeleted, []
         for reason in undeleted:
             _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
 

@@ -5,6 +5,7 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -1475,10 +1476,12 @@ def test_what_killed_saves_and_deletions_have_left_goes_with_the_next_commit_at_
 
 
 def test_saves_of_this_process_are_waited_for_and_their_failures_left_to_who_asked_for_them(tmp_path):
-    model = dense_model(300_000)
-    managers = [KerasOrbaxCheckpointManager(model, tmp_path) for _ in range(2)]
+    model, directory = dense_model(300_000), tmp_path / "ckpt"
+    directory.mkdir()
+    (tmp_path / "link").symlink_to(directory)
+    managers = [KerasOrbaxCheckpointManager(model, place) for place in (directory, tmp_path / "link")]
     managers[0].save_state(0)
-    assert_equal(values(load_model(tmp_path)), values(model))
+    assert_equal(values(load_model(tmp_path / "link")), values(model))
     managers[0].save_state(1)
     assert managers[1].restore_state() == 1
     for size in (10_000, 0):
@@ -1487,8 +1490,25 @@ def test_saves_of_this_process_are_waited_for_and_their_failures_left_to_who_ask
             assert managers[1].restore_state() == 1
             managers[0].wait_until_finished()
         managers[0].wait_until_finished()
-        assert names(tmp_path) == ["0", "1"]
+        assert names(directory) == ["0", "1"]
     assert commit(managers[0], 2).all_steps() == [0, 1, 2] and managers[1].restore_state() == 2
+    for step in range(3, 9):
+        assert managers[step % 2].save_state(step)
+    assert load_model(directory, 7) and managers[0].restore_state() == 8
+
+
+def test_saves_asked_for_in_several_threads_are_committed_or_refused(tmp_path):
+    manager, epochs, saved = KerasOrbaxCheckpointManager(dense_model(), tmp_path, None), itertools.count(), set()
+
+    def save_some(_):
+        for epoch in itertools.islice(epochs, 5):
+            with contextlib.suppress(ValueError):  # another thread has saved a newer one
+                saved.update({epoch} if manager.save_state(epoch) else ())
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(save_some, range(4)))
+    manager.close()
+    assert names(tmp_path) == sorted(map(str, saved)) and str(max(saved)) in names(tmp_path)
 
 
 def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
