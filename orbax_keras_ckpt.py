@@ -532,8 +532,7 @@ def _move(path: epath.Path, target: epath.Path) -> None:
     """Renames a committed step. If killed midway in a bucket, at least one of the two places has a complete copy."""
     if _is_bucket(path) and hasattr(path._backend, "fs"):  # a rename would copy and delete file by file
         path._backend.fs(path).copy(str(path), str(target), recursive=True)
-        (path / _COMMITTED).unlink()
-        path.rmtree()
+        _delete(path)
     else:
         path.rename(target)
 
@@ -2432,23 +2431,22 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return False
         self.wait_until_finished()
         self.reload()
-        save = _gather(uuid.uuid4().hex)[0]
-        own, items = self._own_of(own, save)
+        where, items = self._own_of(own)
         items["default"] = _tree(variables, values)
         record = _Record(
-            save=save,
+            save=_gather(uuid.uuid4().hex)[0],
             position=position,
             variables=_specs(variables, values),
             metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
             monitor=self._monitored(),
             model=self._description[0],
             versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            **own,
+            **where,
             **notes,
         )
         return self._begin(step, record, items)
 
-    def _own_of(self, own: Any, save: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _own_of(self, own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
         packed, arrays = _packed(own)
