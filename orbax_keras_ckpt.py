@@ -444,17 +444,16 @@ def _unwatch_fit(model: keras.Model) -> None:
 class _FirstEpoch(int):
     """The epoch at which a `fit` starts, forgotten once Keras has asked for it: a callback may call `fit` again."""
 
-    # Keras has no public way for a callback to change the first epoch, and never resets the attribute. It asks for
-    # `self._initial_epoch or initial_epoch`.
     model: keras.Model
 
-    def __bool__(self) -> bool:
+    def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
         self.model._initial_epoch = None
         return True
 
 
 def _start_at_epoch(model: keras.Model, epoch: int) -> None:
     """Makes the `fit` that is about to loop start at `epoch`."""
+    # Keras has no public way for a callback to do that.
     model._initial_epoch = first = _FirstEpoch(epoch)
     first.model = model
 
@@ -1150,27 +1149,6 @@ class _Stateful:
 
 
 # ------------------------------------------------------------------------------------------------ data
-
-
-class _Reader(Iterator):
-    """Wraps Keras's iterator over batches, on its way to `fit`.
-
-    Counts the batches, both of this iterator and of the whole run. Keeps the last batch, and what `note()` returned
-    just before the first.
-    """
-
-    def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
-        self.iterator, self._note = iterator, note
-        self.count, self.batches = 0, batches
-        self.origin = self.last = None
-
-    def __next__(self) -> Any:
-        if not self.count:
-            self.origin = self._note()
-        self.last = None  # frees its memory before the next batch is loaded
-        self.last = next(self.iterator)
-        self.count, self.batches = self.count + 1, self.batches + 1
-        return self.last
 
 
 def _fingerprint(batch: Any) -> dict[str, Any]:
@@ -2823,10 +2801,15 @@ class _Run(keras.callbacks.Callback):
         swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
         averages = [_Stateful(swap, f"SwapEMAWeights {number}") for number, swap in enumerate(swaps)]
         self.members = [*callback._stateful, *averages, *datasets.values()]
+        self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
         self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
+        self.batches = self.count = 0  # read in the whole run, and from Keras's present iterator
+        self.iterator: Any = None  # over batches
+        self.origin: Any = None  # the state before its first batch
+        self.last: Any = None  # the last batch
         self.before_batch: tuple = ()  # references to the variables' values, and copies of the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: Any = None  # a _Preemption, once fit has begun
@@ -2846,16 +2829,20 @@ class _Run(keras.callbacks.Callback):
         self._check()
         rate = _learning_rate(self._model)
         found = self.manager._restore(None, self._plan, donate=True)
-        self.reader = _Reader(iter(()), self._origin, self.start.batches or 0)
+        self.batches = self.start.batches or 0
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
             self.restored = found._replace(own=found.own or {})
+            self.is_inside = found.record is not None and found.record.unfinished
+            _start_at_epoch(self._model, self.fit.epochs if self._is_over(found.record) else self.start.epoch)
             self._say_loaded(rate)
         if self.resumable is not None:
             self.resumable.begin(self.restored.own.get("state"))  # may draw from torch's random generator
-        self._continue()
+        self._put_back(self.restored.own)
+        *others, metrics = _train_state(self._model)
+        self.before_batch = _references(others), _copies(metrics)
         self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
         self.undo.callback(setattr, self.manager, "_fitting", False)
@@ -2873,10 +2860,9 @@ class _Run(keras.callbacks.Callback):
                 "checkpoint.resumable(data) was called, but what it returned was not passed to fit, or steps_per_epoch "
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
-        callbacks = [each for each in self.callback._stateful if isinstance(each.member, keras.callbacks.Callback)]
-        running = set(map(id, self.fit.callbacks.callbacks))
-        if idle := [each.label for each in callbacks if id(each.member) not in running]:
-            _warn(f"{', '.join(idle)} was not passed to fit(callbacks=[...]), so it does nothing here.")
+        for each in self.callback._stateful:
+            if isinstance(each.member, keras.callbacks.Callback) and each.member not in self.fit.callbacks.callbacks:
+                _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(
                 "The validation data is a generator, which Keras does not restart for each validation: a resumed "
@@ -2895,15 +2881,11 @@ class _Run(keras.callbacks.Callback):
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
         # If this process has already trained this far and then recompiled the model, the new optimizer is kept. If more
-        # epochs are done than asked for, a later fit with another optimizer may have done them.
+        # epochs are done than asked for, a later fit, perhaps with another optimizer, has done them.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
-        is_new = is_of_here and self._model.optimizer is not optimizer
-        variables = _variables(self._model, not is_new, record is not None and _GROUPS[3] in record.variables)
-        if record is not None and start[:2] > (self.fit.epochs, 0):
-            _, differences = _compare(variables, record.variables, True, _automatic_names(self._model), True)
-            if any(line.startswith(_GROUPS[2]) for line in differences):
-                variables.pop(_GROUPS[2], None)
+        is_other = (is_of_here and self._model.optimizer is not optimizer) or start[:2] > (self.fit.epochs, 0)
+        variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return variables, list(self._differences(step, record))
 
     def _is_over(self, record: _Record | None) -> bool:
@@ -2944,7 +2926,7 @@ class _Run(keras.callbacks.Callback):
     def _say_loaded(self, script_rate: float | None) -> None:
         done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self._model)
         if done > epochs:
-            line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}"
+            line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}, so only weights are loaded"
         elif done == epochs:
             line = f"Nothing left to train: {done} of {epochs} epochs are done"
         elif self._is_over(self.restored.record):
@@ -2959,49 +2941,36 @@ class _Run(keras.callbacks.Callback):
         self.say("Load Orbax checkpoint on_train_begin.")
         self.say(f"{line}.")
 
-    def _continue(self) -> None:
-        """Restores the state of the run, as far as possible before the epoch begins."""
-        _, record, own = self.restored
-        for history in self._histories() if "history" in own else ():
-            vars(history).update(_copied(own["history"]))
-        self._put_back(own)
-        self.is_inside = record is not None and bool(record.unfinished)
-        *others, metrics = _train_state(self._model)
-        self.before_batch = _references(others), _copies(metrics)
-        if self.restored.step is not None:  # else keras.callbacks.BackupAndRestore may have set it
-            _start_at_epoch(self._model, self.fit.epochs if self._is_over(record) else self.start.epoch)
-
     def _put_back(self, own: Mapping[str, Any]) -> None:
         """Restores the state of the run other than variables."""
         states = own.get("members", {})
         for member in self.members:
             if member.place in states:
                 member.put(states[member.place])
+        for history in self.histories:
+            vars(history).update(_copied(own.get("history", {})))
         if "random" in own:
             _set_random_state(own["random"])
-
-    def _histories(self) -> list[keras.callbacks.History]:
-        return [each for each in self.fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
 
     # Batches.
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.epoch = epoch
-        self.before = self.reader.batches - self.start.batch * self.is_inside
+        self.before = self.batches - self.start.batch * self.is_inside
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
         """Passes Keras's steps of an epoch on to `fit`: skips those already trained on, and saves when due."""
         place: list[int] = []
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
-            if iterator is not self.reader.iterator:
+            if iterator is not self.iterator:
                 self._open(iterator)
             if self.is_inside:
                 if place[0] < self.start.batch:
                     continue
                 yield from self._arrive(place)
             if self.resumable is not None:
-                self.resumable.forget(self.reader.count)
-            if self.preemption.is_due() or self.pace.is_due(self.reader.batches):
+                self.resumable.forget(self.count)
+            if self.preemption.is_due() or self.pace.is_due(self.batches):
                 self._save_inside()
             start = time.monotonic()
             yield (*place, self.reader)
@@ -3011,8 +2980,8 @@ class _Run(keras.callbacks.Callback):
 
     def _open(self, iterator: Iterator) -> None:
         """Wraps a new iterator of Keras. In a resumed run, first skips the batches already trained on."""
-        is_first, batches = not self.reader.count, self.reader.batches
-        self.reader = _Reader(iterator, self._origin, batches)
+        is_first, batches = not self.count, self.batches
+        self.count, self.iterator, self.reader = 0, iterator, self._read(iterator)
         if not is_first:
             return
         for _ in range(self.resumable.stale if self.resumable is not None else 0):
@@ -3029,8 +2998,17 @@ class _Run(keras.callbacks.Callback):
             self._skip(count)
             self._compare_last()
             self._put_back(now)
-            self.reader.batches = batches
+            self.batches = batches
             _count_as_seen(self.fit, count - self.start.batch)
+
+    def _read(self, iterator: Iterator) -> Iterator:
+        """Keras's batches, on their way to `fit`."""
+        self.origin = self._origin()
+        for batch in iterator:
+            self.last, self.count, self.batches = batch, self.count + 1, self.batches + 1
+            del batch
+            yield self.last
+            self.last = None  # frees its memory before the next batch is loaded
 
     def _origin(self) -> dict[str, Any]:
         """The state that determines the batches of a pass over the data."""
@@ -3044,24 +3022,24 @@ class _Run(keras.callbacks.Callback):
             try:
                 next(self.reader)
             except StopIteration:
-                raise CheckpointMismatchError(
-                    f"The data ends after {number} batches, but the checkpoint of step {self.restored.step} was made "
-                    f"after {count}. Nothing was trained. Pass fit the same data as before."
-                ) from None
+                raise self._other_data(f"after {count} batches, but the data ends after {number} batches") from None
+
+    def _other_data(self, problem: str) -> CheckpointMismatchError:
+        return CheckpointMismatchError(
+            f"The checkpoint of step {self.restored.step} was made {problem}. Nothing was trained. Pass fit the same "
+            "data as before, or use another directory."
+        )
 
     def _compare_last(self) -> None:
         """Raises or warns if the last skipped batch is not the one trained on."""
         step, record, own = self.restored
-        saved, found = own["last"], _fingerprint(self.reader.last)
+        saved, found = own["last"], _fingerprint(self.last)
         if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
             return
         if found["shapes"] != saved["shapes"]:
-            raise CheckpointMismatchError(
-                f"The checkpoint of step {step} was made with batches of shapes {saved['shapes']}, and now they have "
-                f"{found['shapes']}: the batch size or the data has changed. Nothing was trained. Pass fit "
-                "the same data as before, or use another directory."
-            )
-        if self.dataset and self.reader.count > self.start.batch:
+            shapes = f"with batches of shapes {saved['shapes']}, and now they have {found['shapes']}"
+            raise self._other_data(f"{shapes}: the batch size or the data has changed")
+        if self.dataset and self.count > self.start.batch:
             return  # this pass began in an earlier epoch, and the dataset may have changed since
         _warn(
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
@@ -3115,9 +3093,9 @@ class _Run(keras.callbacks.Callback):
         if self.dataset:
             self.dataset.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
-        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.reader.batches)
+        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":
-            position = _Position(epoch + 1, 0, self.reader.batches)
+            position = _Position(epoch + 1, 0, self.batches)
             own = self._belongings(self._states(), is_epoch_end=True)
             if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
                 self.say("Save Orbax checkpoint on_epoch_end.")
@@ -3162,18 +3140,17 @@ class _Run(keras.callbacks.Callback):
 
     def _belongings(self, states: dict[str, Any], is_epoch_end: bool = False) -> dict[str, Any]:
         """The current state of the run other than variables; `states` are those of the members."""
-        reader, history = self.reader, self._histories()[:1]
         own = {
             "random": _random_state(),
             "members": states,
-            "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
+            "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
         }
         if self.resumable is not None:
-            own["state"] = self.resumable.state(reader.count)
-        elif reader.count and (not is_epoch_end or _goes_on(self.fit, reader.iterator)):
+            own["state"] = self.resumable.state(self.count)
+        elif self.count and (not is_epoch_end or _goes_on(self.fit, self.iterator)):
             # How to find the next batch: the state before Keras's iterator began, and the batches read from it.
-            own |= {"count": reader.count, "origin": reader.origin, "last": _fingerprint(reader.last)}
+            own |= {"count": self.count, "origin": self.origin, "last": _fingerprint(self.last)}
         return own
 
     def _save(self, position: _Position, logs: Any, own: dict[str, Any], **further: Any) -> bool:
@@ -3182,7 +3159,7 @@ class _Run(keras.callbacks.Callback):
             "num_batches": self.fit.epoch_iterator.num_batches,
             "is_resumable": self.resumable is not None,
         }
-        start, step = time.monotonic(), self._step(self.epoch, self.reader.batches)
+        start, step = time.monotonic(), self._step(self.epoch, self.batches)
         try:
             started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
@@ -3190,12 +3167,12 @@ class _Run(keras.callbacks.Callback):
                 member.copy()  # raises with a name, if it is one of these that cannot be saved
             raise
         if started:
-            self.pace.count_save(self.reader.batches, time.monotonic() - start)
+            self.pace.count_save(self.batches, time.monotonic() - start)
         return started
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
         """Saves a snapshot inside the epoch, during validation of the given values; then leaves if a signal asks to."""
-        batches = self.reader.batches
+        batches = self.batches
         if batches != self.pace.saved:
             self._model.jax_state_sync()
             position = _Position(self.epoch, batches - self.before, batches)
@@ -3230,9 +3207,8 @@ def _check_callback_arguments(
         raise ValueError("read_only=True: this callback saves. To only restore, use the manager.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    is_name, is_time = isinstance(save_freq, str), isinstance(save_freq, datetime.timedelta)
-    is_positive = save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)
-    if not (save_freq in ("epoch", "auto") if is_name else is_positive):
+    is_time = isinstance(save_freq, datetime.timedelta)
+    if not (save_freq > datetime.timedelta(0) if is_time else save_freq in ("epoch", "auto") or _is_count(save_freq)):
         raise ValueError(
             f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), a datetime.timedelta, '
             'or "auto".'
