@@ -417,8 +417,13 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"])
 
 
-def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended: Callable[[bool], None]) -> None:
-    """Calls `trained` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises."""
+def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callable, ended: Callable) -> None:
+    """Makes `fit` read the steps of an epoch, (first batch, ..., iterator), from `batches(Keras's own steps)`.
+
+    Calls `trained()` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises.
+    """
+    own = fit.epoch_iterator._enumerate_iterator
+    fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
     # Keras calls no callback when fit raises, but it calls jax_state_sync() in both places, and nowhere else.
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
@@ -464,12 +469,6 @@ def _last_logs(fit: _Fit) -> Any:
     while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
     return names.get("logs")
-
-
-def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
-    """Makes `fit` read each epoch's steps, (first batch, ..., iterator), from `batches(Keras's own steps)`."""
-    own = fit.epoch_iterator._enumerate_iterator
-    fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
 
 
 def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
@@ -1090,8 +1089,7 @@ class _Stateful:
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
-        is_known = isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset))
-        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and not is_known):
+        if isinstance(member, Iterable) and not isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset)):
             raise TypeError(
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
                 "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
@@ -2846,8 +2844,7 @@ class _Run(keras.callbacks.Callback):
         self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
         self.undo.callback(setattr, self.manager, "_fitting", False)
-        _watch_fit(self._model, self.fit, self._end_training, self.end)
-        _stand_between(self.fit, self.steps)
+        _watch_fit(self._model, self.fit, self.steps, self._end_training, self.end)
 
     def _check(self) -> None:
         """Before anything is restored, raises what a save would raise, and warns of what cannot resume exactly."""
@@ -2926,7 +2923,8 @@ class _Run(keras.callbacks.Callback):
     def _say_loaded(self, script_rate: float | None) -> None:
         done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self._model)
         if done > epochs:
-            line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}, so only weights are loaded"
+            line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}"
+            line += ", so the optimizer is not loaded"
         elif done == epochs:
             line = f"Nothing left to train: {done} of {epochs} epochs are done"
         elif self._is_over(self.restored.record):
