@@ -2892,11 +2892,13 @@ class _Run(keras.callbacks.Callback):
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
         """What has changed since the step was saved, as far as can be told before a batch is drawn."""
         start, iterator, calls = self.start, self.fit.epoch_iterator, self._model.steps_per_execution
-        saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
-        if saved is None and given:
-            _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.")
-        elif saved not in (None, given):
-            yield f"it was saved with stateful={saved}, but now stateful={given} was passed"
+        given = [member.name for member in self.callback._stateful]
+        if record is None or record.stateful is None:
+            if (given or iterator.steps_per_epoch) and not self._is_over(record):
+                state = f"the data starts from its beginning, and stateful={given} from the initial state"
+                _warn(f"Step {step} was not saved by this callback: {state}.")
+        elif record.stateful != given:
+            yield f"it was saved with stateful={record.stateful}, but now stateful={given} was passed"
         if self._is_over(record):
             return
         following = self._step(start.epoch, (start.batches or 0) + 1)
@@ -2905,10 +2907,7 @@ class _Run(keras.callbacks.Callback):
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
-        if record is None or saved is None:
-            if iterator.steps_per_epoch is not None:
-                problem = "this callback did not save it, so the position in the data is unknown"
-                _warn(f"Step {step}: {problem}. The data starts from its beginning.")
+        if record is None:
             return
         if record.is_resumable and self.resumable is None:
             yield "fit read checkpoint.resumable(data) then, but does not now"

@@ -1135,7 +1135,7 @@ def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path, 
     with pytest.warns(UserWarning, match="validation data is a generator"):
         fit(model, 1, callback(model, tmp_path / "generator"), validation_data=held_out, validation_steps=2)
     save(model, tmp_path / "by hand")
-    with pytest.warns(UserWarning, match="the position in the data is unknown"):
+    with pytest.warns(UserWarning, match="not saved by this callback: the data starts from its beginning"):
         fit(model, 2, callback(model, tmp_path / "by hand"), steps_per_epoch=2)
     data = ((X[i % 50 : i % 50 + 8], Y[i % 50 : i % 50 + 8]) for i in itertools.count())
     checkpoint, options = callback(model, tmp_path / "twice"), {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
@@ -1647,7 +1647,7 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
         with unchanged(model, tmp_path / "ckpt"), pytest.raises(CheckpointMismatchError, match=message):
             fit(model, 2, *given, callback(model, tmp_path / "ckpt", stateful=given))
     save(model, tmp_path / "by hand")
-    with pytest.warns(UserWarning, match="holds no stateful objects: .'EarlyStopping'. start from"):
+    with pytest.warns(UserWarning, match="not saved by this callback: .*'EarlyStopping'. from the initial"):
         fit(model, 2, patience, callback(model, tmp_path / "by hand", stateful=[patience]))
 
 
