@@ -1059,12 +1059,13 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _text(value: Any) -> str | None:
-    """A value as it would be saved; None if it cannot be."""
+def _as_saved(value: Any) -> tuple[str, list[bytes]] | None:
+    """A value in the form in which it would be saved; None if it cannot be."""
     try:
-        return json.dumps(_pack(value))
+        packed, arrays = _packed(value)
     except TypeError:
         return None
+    return json.dumps(packed), [array.tobytes() for array in arrays]
 
 
 # What the script set, by the id of the callback. One given to a second OrbaxCheckpointCallback has changed already.
@@ -1114,7 +1115,7 @@ class _Stateful:
         for name, value in vars(self.member).items():
             if name in inherited or not self._is_state(value):
                 continue
-            if name not in self._initial or _text(value) != _text(self._initial[name]):
+            if name not in self._initial or _as_saved(value) != _as_saved(self._initial[name]):
                 changed[name] = value
         return changed
 
@@ -1137,7 +1138,7 @@ class _Stateful:
             return _copied(state)
         except TypeError as error:
             items = state.items() if isinstance(state, dict) else ()
-            what = ", ".join(f"attribute {name!r}" for name, value in items if _text(value) is None) or "state"
+            what = ", ".join(f"attribute {name!r}" for name, value in items if _as_saved(value) is None) or "state"
             raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
     def hears_validation(self) -> bool:
@@ -1248,10 +1249,10 @@ class _Dataset(_Stateful):
         if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
         if isinstance(value, (np.ndarray, jax.Array)):
-            return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and _text(value.reshape(-1)[:1]) is not None
+            return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and _as_saved(value.reshape(-1)[:1]) is not None
         if type(value) in (list, tuple, set, dict):
             return all(map(self._is_state, [*value, *value.values()] if isinstance(value, dict) else value))
-        return _text(value) is not None
+        return _as_saved(value) is not None
 
     def _unsaved(self) -> dict[str, Any]:
         """The attributes that an epoch may change but that are not saved, and what tells whether it has, or None."""
