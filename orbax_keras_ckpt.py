@@ -2879,10 +2879,12 @@ class _Run(keras.callbacks.Callback):
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
         # If this process has already trained this far and then recompiled the model, the new optimizer is kept. If more
-        # epochs are done than asked for, a later fit, perhaps with another optimizer, has done them.
+        # epochs are done than asked for, a later fit with another optimizer may have done them.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
-        is_other = (is_of_here and self._model.optimizer is not optimizer) or start[:2] > (self.fit.epochs, 0)
+        is_other = is_of_here and self._model.optimizer is not optimizer
+        if record is not None and start[:2] > (self.fit.epochs, 0):
+            is_other |= len(record.variables[_GROUPS[2]]) != len(self._model.optimizer.variables)
         variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return variables, list(self._differences(step, record))
 
@@ -2924,7 +2926,6 @@ class _Run(keras.callbacks.Callback):
         done, epochs, rate = self.start.epoch, self.fit.epochs, _learning_rate(self._model)
         if done > epochs:
             line = f"Nothing left to train: {done} epochs are done, more than epochs={epochs}"
-            line += ", so the optimizer is not loaded"
         elif done == epochs:
             line = f"Nothing left to train: {done} of {epochs} epochs are done"
         elif self._is_over(self.restored.record):
@@ -3017,10 +3018,8 @@ class _Run(keras.callbacks.Callback):
         for number in range(count):
             if self.preemption.is_due():
                 self._leave()
-            try:
-                next(self.reader)
-            except StopIteration:
-                raise self._other_data(f"after {count} batches, but the data ends after {number} batches") from None
+            if next(self.reader, None) is None:
+                raise self._other_data(f"after {count} batches, but the data ends after {number} batches")
 
     def _other_data(self, problem: str) -> CheckpointMismatchError:
         return CheckpointMismatchError(
