@@ -388,7 +388,6 @@ class _Fit(NamedTuple):
     data: Any  # the argument x
     held_out: Any  # the x of the validation data
     epochs: int
-    initial_epoch: int
 
 
 def _locals(frame: types.FrameType) -> dict[str, Any]:
@@ -415,11 +414,16 @@ def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
         raise _untested("This callback works inside the fit() of keras.Model, which is overridden here, or has changed")
     if callback not in callbacks.callbacks:
         raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
-    return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"], names["initial_epoch"])
+    return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"])
 
 
-def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended: Callable[[bool], None]) -> None:
-    """Calls `trained` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises."""
+def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callable, ended: Callable) -> None:
+    """Makes `fit` read the steps of an epoch, (first batch, ..., iterator), from `batches(Keras's own steps)`.
+
+    Calls `trained()` after the last batch of each epoch, and `ended(is_complete)` when `fit` returns or raises.
+    """
+    own = fit.epoch_iterator._enumerate_iterator
+    fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
     # Keras calls no callback when fit raises, but it calls jax_state_sync() in both places, and nowhere else.
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
@@ -437,24 +441,26 @@ def _watch_fit(model: keras.Model, fit: _Fit, trained: Callable[[], None], ended
     vars(model)["jax_state_sync"] = jax_state_sync
 
 
-def _unwatch_fit(model: keras.Model, fit: _Fit) -> None:
+def _unwatch_fit(model: keras.Model) -> None:
     vars(model).pop("jax_state_sync", None)
-    vars(fit.callbacks).pop("on_epoch_begin", None)
     model._initial_epoch = None
 
 
-def _start_at_epoch(model: keras.Model, fit: _Fit, epoch: int) -> None:
+class _FirstEpoch(int):
+    """The epoch at which a `fit` starts, forgotten once Keras has asked for it: a callback may call `fit` again."""
+
+    model: keras.Model
+
+    def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
+        self.model._initial_epoch = None
+        return True
+
+
+def _start_at_epoch(model: keras.Model, epoch: int) -> None:
     """Makes the `fit` that is about to loop start at `epoch`."""
-    # Keras has no public way for a callback to change the first epoch, and never resets the attribute. It must be reset
-    # before the first hook of an epoch, because a callback may call fit there.
-    on_epoch_begin = fit.callbacks.on_epoch_begin
-
-    def begin(epoch: int, logs: Any = None) -> None:
-        del fit.callbacks.on_epoch_begin
-        model._initial_epoch = None
-        on_epoch_begin(epoch, logs)
-
-    model._initial_epoch, fit.callbacks.on_epoch_begin = epoch, begin
+    # Keras has no public way for a callback to do that.
+    model._initial_epoch = first = _FirstEpoch(epoch)
+    first.model = model
 
 
 def _last_logs(fit: _Fit) -> Any:
@@ -463,12 +469,6 @@ def _last_logs(fit: _Fit) -> Any:
     while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
         frame = frame.f_back
     return names.get("logs")
-
-
-def _stand_between(fit: _Fit, batches: Callable[[Iterator], Iterator]) -> None:
-    """Makes `fit` read each epoch's steps, (first batch, ..., iterator), from `batches(Keras's own steps)`."""
-    own = fit.epoch_iterator._enumerate_iterator
-    fit.epoch_iterator._enumerate_iterator = lambda: batches(own())
 
 
 def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
@@ -486,33 +486,27 @@ def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
     # If only the validation of an epoch is left, fit still needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
 
-    def undo() -> None:
-        if model.train_function is step:
-            model.train_function = train_function
-
     def step(state: tuple, iterator: Iterator) -> tuple:
-        undo()
         return logs, state
 
-    def end(batch: int, logs: Any = None) -> None:
-        del callbacks.on_train_batch_begin, callbacks.on_train_batch_end
+    def undo(*args: Any, **kwargs: Any) -> None:
+        if model.train_function is step:
+            model.train_function = train_function
+        for name in ("on_train_batch_begin", "on_train_batch_end"):
+            vars(callbacks).pop(name, None)
 
     model.train_function = step
-    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, end
+    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, undo
     return undo
 
 
-def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
-    """Whether each SwapEMAWeights of `fit` has the averages in the model; if given, sets that to `states` first."""
-    swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
-    for swap, state in zip(swaps, states or ()):
-        swap._ema_weights_in_model = state
-    return [swap._ema_weights_in_model for swap in swaps]
-
-
-def _has_workers(fit: _Fit) -> bool:
-    """Whether Keras loads the batches of a PyDataset in other threads or processes."""
-    return getattr(fit.epoch_iterator.data_adapter, "enqueuer", None) is not None
+def _loads_early(fit: _Fit, iterator: Iterator, has_hooks: bool) -> bool:
+    """Whether Keras loads batches of a PyDataset before the shuffle for their epoch."""
+    if fit.epoch_iterator.data_adapter.enqueuer is not None:  # it has workers
+        return has_hooks or fit.epoch_iterator.data_adapter.shuffle
+    # Keras prefetches batches on accelerators, and in older versions everywhere.
+    is_ahead = re.search("ahead|prefetch", getattr(iterator, "__name__", "")) is not None
+    return has_hooks and is_ahead and fit.epoch_iterator.steps_per_epoch is not None
 
 
 def _is_bucket(directory: epath.PathLike) -> bool:
@@ -661,11 +655,6 @@ async def _created(info: Any) -> epath.Path:
     if hasattr(info, "await_path_creation"):
         await info.await_path_creation()
     return info.parent_dir
-
-
-def _reads_ahead(iterator: Iterator) -> bool:
-    """Whether Keras prefetches batches: on accelerators, and in older versions everywhere."""
-    return re.search("ahead|prefetch", getattr(iterator, "__name__", "")) is not None
 
 
 def _jax_owns_sigterm() -> bool:
@@ -1003,9 +992,8 @@ def _listing(lines: list[str]) -> str:
 def _random_state() -> dict[str, Any]:
     """The states of the global random generators: Python's, numpy's, Keras's, and torch's if it is imported."""
     generator = _global_seed_generator()
-    version, internal, gauss_next = random.getstate()
     state = {
-        "python": (version, np.array(internal, np.uint32), gauss_next),
+        "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
         "keras": None if generator is None else np.array(generator.state.value),
     }
@@ -1015,8 +1003,7 @@ def _random_state() -> dict[str, Any]:
 
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal.tolist()), gauss_next))
+    random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     if (generator := state["keras"]) is not None:
         generator = _global_seed_generator() or keras.random.SeedGenerator(0)
@@ -1033,7 +1020,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 _CODE: tuple[type, ...] = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.ModuleType, type)
 _CODE += (np.ufunc, functools.partial, keras.optimizers.schedules.LearningRateSchedule)
 _PLAIN = (bool, int, float, str, type(None), np.generic)
-_ORDER_BYTES = 2**26
+_ORDER_BYTES = 2**26  # a larger array of a dataset is taken for its data
 
 
 def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
@@ -1043,50 +1030,13 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _is_saveable(value: Any) -> bool:
+def _as_saved(value: Any) -> tuple[str, list[bytes]] | None:
+    """A value in the form in which it would be saved; None if it cannot be."""
     try:
-        _packed(value)
+        packed, arrays = _packed(value)
     except TypeError:
-        return False
-    return True
-
-
-def _set_generator(generator: Any, other: Any) -> bool:
-    """Sets a random generator to the state of another one, if both are of one kind."""
-    if type(generator) is not type(other) or type(generator) not in _GENERATORS:
-        return False
-    get, put = _GENERATORS[type(generator)]
-    try:
-        put(generator, get(other))
-    except ValueError:  # of another bit generator
-        return False
-    return True
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two values would be saved as the same bytes."""
-    if type(one) is not type(other):
-        return False
-    try:
-        (text, arrays), (other_text, others) = _packed(one), _packed(other)
-    except TypeError:
-        return False
-    return json.dumps(text) == json.dumps(other_text) and all(map(np.array_equal, arrays, others))
-
-
-def _is_order(value: Any, has_hooks: bool = True) -> bool:
-    """Whether an attribute of a dataset may determine the order of its data.
-
-    Large arrays are taken for the data, and so is every array and list of a dataset that has no hooks to shuffle in.
-    """
-    if not has_hooks:
-        return isinstance(value, (*_PLAIN, *_GENERATORS)) and _is_saveable(value)
-    if isinstance(value, (np.ndarray, jax.Array)):
-        is_small = value.ndim < 2 and value.nbytes <= _ORDER_BYTES
-        return is_small and _is_saveable(value.reshape(-1)[:1])
-    if type(value) in (list, tuple, set, dict):
-        return all(map(_is_order, [*value, *value.values()] if isinstance(value, dict) else value))
-    return type(value) in _PLAIN or _is_saveable(value)
+        return None
+    return json.dumps(packed), [array.tobytes() for array in arrays]
 
 
 # What the script set, by the id of the callback. One given to a second OrbaxCheckpointCallback has changed already.
@@ -1096,53 +1046,57 @@ _INITIAL: dict[int, dict[str, Any]] = {}
 class _Stateful:
     """An object whose state is saved beside the model, and how that state is read and restored.
 
-    For a callback, the state is all attributes that differ from what the script set: a new value in the script wins.
-    For a PyDataset, it is all that may determine the order of its data, plain numbers and strings only if changed.
+    For a callback without methods for it, the state is all attributes that differ from what the script set: a new value
+    in the script wins.
     """
 
-    def __init__(self, member: Any, label: str):
-        self.name, self.member = type(member).__name__, member
-        self.label = f"{label} ({self.name})"
-        bases = (keras.callbacks.Callback, keras.utils.PyDataset)
-        self._base: Any = next((base for base in bases if isinstance(member, base)), None)
+    _base: type = keras.callbacks.Callback
+
+    def __init__(self, member: Any, place: str):
+        self.name, self.member, self.place = type(member).__name__, member, place
+        self.label = f"{place} ({self.name})"
         methods = _state_methods(member)
-        if methods is None and self._base is None:
+        if methods is None and not isinstance(member, self._base):
             raise TypeError(
                 f"{self.label} has neither get_state and set_state, nor state_dict and load_state_dict, nor is it a "
                 "Keras callback: its state cannot be saved. Leave it out, or give it these methods."
             )
-        if hasattr(member, "__next__") or (hasattr(member, "__iter__") and self._base is None):
+        if isinstance(member, Iterable) and not isinstance(member, (keras.callbacks.Callback, keras.utils.PyDataset)):
             raise TypeError(
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
                 "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
             )
-        hooks, base = ("on_epoch_begin", "on_epoch_end"), keras.utils.PyDataset
-        self._hooks = [name for name in hooks if getattr(type(member), name, None) is not getattr(base, name, None)]
         own: tuple[Callable, Callable] = self._changed, self._set_changed
         self.get, self._put = methods or own
         self._initial: dict[str, Any] = {}
         if methods is None:
-            is_callback = self._base is keras.callbacks.Callback
-            initial = {n: value for n, value in self.copy().items() if is_callback or isinstance(value, _PLAIN)}
-            if is_callback and id(member) not in _INITIAL:
-                weakref.finalize(member, _INITIAL.pop, id(member), None)
-            self._initial = _INITIAL.setdefault(id(member), initial) if is_callback else initial
+            self._initial = self._script_values()
+
+    def _script_values(self) -> dict[str, Any]:
+        if id(self.member) not in _INITIAL:
+            _INITIAL[id(self.member)] = self.copy()
+            weakref.finalize(self.member, _INITIAL.pop, id(self.member))
+        return _INITIAL[id(self.member)]
+
+    def _is_state(self, value: Any) -> bool:
+        return not isinstance(value, _CODE) or value in _OPERATIONS.values()
 
     def _changed(self) -> dict[str, Any]:
         inherited, changed = vars(self._base()), {}
         for name, value in vars(self.member).items():
-            if name in inherited or (isinstance(value, _CODE) and value not in _OPERATIONS.values()):
+            if name in inherited or not self._is_state(value):
                 continue
-            if self._base is keras.utils.PyDataset and not _is_order(value, bool(self._hooks)):
-                continue  # its data
-            if name not in self._initial or not _is_same(value, self._initial[name]):
+            if name not in self._initial or _as_saved(value) != _as_saved(self._initial[name]):
                 changed[name] = value
         return changed
 
     def _set_changed(self, changed: Mapping[str, Any]) -> None:
         attributes = vars(self.member)
         for name, value in (_copied(self._initial) | changed).items():
-            if not _set_generator(attributes.get(name), value):  # which other objects may hold too
+            if type(value) in _GENERATORS and type(attributes.get(name)) is type(value):
+                get, put = _GENERATORS[type(value)]
+                put(attributes[name], get(value))  # other objects may share it
+            else:
                 attributes[name] = value
 
     def put(self, state: Any) -> None:
@@ -1155,39 +1109,16 @@ class _Stateful:
             return _copied(state)
         except TypeError as error:
             items = state.items() if isinstance(state, dict) else ()
-            what = ", ".join(f"attribute {name!r}" for name, value in items if not _is_saveable(value)) or "state"
+            what = ", ".join(f"attribute {name!r}" for name, value in items if _as_saved(value) is None) or "state"
             raise TypeError(f"The {what} of {self.label} cannot be saved: {error}. Leave the object out.") from error
 
-    def copy_before_validation(self) -> Any:
-        """A copy of the state; None for a callback that has no hooks for validation."""
-        base = keras.callbacks.Callback
-        hooks = [name for name in vars(base) if name.startswith("on_test_")]
-        is_deaf = all(getattr(type(self.member), name, None) is getattr(base, name) for name in hooks)
-        return None if is_deaf else self.copy()
+    def hears_validation(self) -> bool:
+        """Whether validation may change the state; not if it is a callback without hooks for it."""
+        hooks = {name: hook for name, hook in vars(keras.callbacks.Callback).items() if name.startswith("on_test_")}
+        return any(getattr(type(self.member), name, None) is not hook for name, hook in hooks.items())
 
 
 # ------------------------------------------------------------------------------------------------ data
-
-
-class _Reader(Iterator):
-    """Wraps Keras's iterator over batches, on its way to `fit`.
-
-    Counts the batches, both of this iterator and of the whole run. Keeps the last batch, and what `note()` returned
-    just before the first.
-    """
-
-    def __init__(self, iterator: Iterator, note: Callable[[], Any], batches: int):
-        self.iterator, self._note = iterator, note
-        self.count, self.batches = 0, batches
-        self.origin = self.last = None
-
-    def __next__(self) -> Any:
-        if not self.count:
-            self.origin = self._note()
-        self.last = None  # frees its memory before the next batch is loaded
-        self.last = next(self.iterator)
-        self.count, self.batches = self.count + 1, self.batches + 1
-        return self.last
 
 
 def _fingerprint(batch: Any) -> dict[str, Any]:
@@ -1216,9 +1147,8 @@ class _Resumable:
         self._data, (self._get, self._put) = data, methods
         self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
         self._iterator: Any = None
-        self._states: collections.deque[Any] = collections.deque()
-        self._number = 0  # of the batch that follows the first state
-        self.drawn, self._drawn_earlier = 0, 0  # batches drawn in this fit, and in earlier ones
+        self._states: collections.deque[Any] = collections.deque()  # before each of the last batches drawn
+        self.drawn = self.first = 0  # the number of batches drawn, and that before this fit
         self.stale = 0  # batches that Keras read before the data was rewound and still holds
         self.generator = self._batches()
 
@@ -1228,7 +1158,7 @@ class _Resumable:
             if self._iterator is None:
                 self._iterator = iter(self._data)
             state = copy.deepcopy(self._get())
-            if (batch := next(self._iterator, self)) is not self:
+            if (batch := next(self._iterator, None)) is not None:
                 self._states.append(state)
                 self.drawn += 1
                 yield batch
@@ -1236,7 +1166,7 @@ class _Resumable:
                 raise ValueError(f"resumable({type(self._data).__name__}): it is empty.")
             else:
                 self._restart(self._beginning)
-            is_empty = batch is self
+            is_empty = batch is None
 
     def _restart(self, state: Any) -> None:
         if state is not None:
@@ -1245,73 +1175,78 @@ class _Resumable:
 
     def begin(self, saved: Any) -> None:
         """Called when `fit` begins: sets the data to the saved state, or to its beginning."""
-        if saved is not None or self._drawn_earlier:  # else it is there already, and a restart may draw random numbers
+        if saved is not None or self.first:  # else it is there already, and a restart may draw random numbers
             self._beginning, state = saved or (self._beginning, self._beginning)
             self._restart(state)
             self._states.clear()
-            self._number, self.stale = 0, self.drawn
+            self.stale, self.first = self.drawn - self.first, self.drawn
 
     def end(self) -> None:
-        self.drawn, self._drawn_earlier = 0, self._drawn_earlier + self.drawn
+        self.first = self.drawn
 
-    def forget(self, trained: int) -> None:
-        """Drops the states before batches already trained on."""
-        while self._states and self._number < trained:
+    def forget(self, trained: int) -> int:
+        """Drops the states before batches already trained on. Returns the number of the batch after the first state."""
+        while self._states and self.drawn - len(self._states) < self.first + trained:
             self._states.popleft()
-            self._number += 1
+        return self.drawn - len(self._states) - self.first
 
     def state(self, trained: int) -> tuple[Any, Any]:
         """The state at the beginning, and the one before the first batch not yet trained on."""
-        self.forget(trained)
-        if self._number != trained:
+        if (given := self.forget(trained)) != trained:
             raise ValueError(
                 f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
-                f"{self._number}. Pass its generator to fit, one batch per step."
+                f"{given}. Pass its generator to fit, one batch per step."
             )
         return self._beginning, self._states[0] if self._states else self._get()
 
 
-def _draws(value: Any) -> bool:
-    """Whether an attribute is a Keras layer or generator that draws random numbers."""
-    variables = getattr(value, "variables", ()) if isinstance(value, keras.layers.Layer) else ()
-    return isinstance(value, keras.random.SeedGenerator) or any("seed_generator_state" in v.path for v in variables)
-
-
 class _Dataset(_Stateful):
-    """The PyDataset of a `fit`. Warns if it may change itself between epochs in ways that are not saved."""
+    """The PyDataset of a `fit`. Its state is all that may determine the order of its data, plain values if changed."""
 
-    def __init__(self, dataset: keras.utils.PyDataset):
-        super().__init__(dataset, "the dataset")
+    _base = keras.utils.PyDataset
+
+    def __init__(self, dataset: keras.utils.PyDataset, place: str):
+        names = "on_epoch_begin", "on_epoch_end"
+        self.hooks = [name for name in names if getattr(type(dataset), name) is not getattr(self._base, name)]
+        super().__init__(dataset, place)
         self._marks = {} if _state_methods(dataset) else self._unsaved()
-        if draws := [name for name in self._marks if _draws(getattr(dataset, name))]:
-            _warn(
-                f"{self.name} draws random numbers by Keras ({', '.join(draws)}), whose state is not saved: a resumed "
-                "run sees other data. Give the dataset get_state and set_state."
-            )
-        if opaque := [name for name, mark in self._marks.items() if mark is None and name not in draws]:
-            self.warn(f"may change attributes that cannot be saved: {', '.join(opaque)}")
 
-    def _unsaved(self) -> dict[str, int | None]:
-        """Attributes that are not saved: for arrays, a checksum of the first rows; None for all others."""
-        marks: dict[str, int | None] = {}
+    def _script_values(self) -> dict[str, Any]:
+        return {name: value for name, value in self.copy().items() if isinstance(value, _PLAIN)}
+
+    def _is_state(self, value: Any) -> bool:
+        if type(value) in _PLAIN:
+            return True
+        if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
+            return False  # nothing shuffles: it is taken for the data
+        if isinstance(value, (np.ndarray, jax.Array)):
+            return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and _as_saved(value.reshape(-1)[:1]) is not None
+        if type(value) in (list, tuple, set, dict):
+            return all(map(self._is_state, [*value, *value.values()] if isinstance(value, dict) else value))
+        return _as_saved(value) is not None
+
+    def _unsaved(self) -> dict[str, Any]:
+        """The attributes that an epoch may change but that are not saved, and what tells whether it has, or None."""
+        marks: dict[str, Any] = {}
         for name, value in vars(self.member).items():
-            if not isinstance(value, _CODE) and not _is_order(value):
+            if isinstance(value, keras.layers.Layer):  # may draw random numbers
+                marks[name] = _fingerprint([variable.value for variable in value.variables])
+            elif isinstance(value, keras.random.SeedGenerator):
+                marks[name] = _fingerprint(value.state.value)
+            elif self.hooks and not isinstance(value, _CODE) and not self._is_state(value):
                 is_array = isinstance(value, (np.ndarray, jax.Array))
-                marks[name] = zlib.crc32(np.asarray(value[:64]).tobytes()) if is_array else None
+                marks[name] = _fingerprint(np.atleast_1d(value)[:64]) if is_array else None
         return marks
 
     def compare(self) -> None:
-        """Called when an epoch ends; compares and warns only the first time."""
+        """Called when an epoch ends. After the first, warns of attributes that are not saved and may have changed."""
         marks, self._marks = self._marks, {}
         now = self._unsaved() if marks else {}
-        if changed := [name for name, mark in now.items() if mark != marks.get(name, mark)]:
-            self.warn(f"has changed attributes that look like data and are not saved: {', '.join(changed)}")
-
-    def warn(self, problem: str) -> None:
-        if self._hooks:
+        if changed := [name for name, mark in now.items() if mark is None or mark != marks.get(name, mark)]:
+            hooks = f" in {' and '.join(self.hooks)}" if self.hooks else ""
             _warn(
-                f"{self.name} overrides {' and '.join(self._hooks)}, which {problem}. A resumed run may then see other "
-                "data. Give the dataset get_state and set_state."
+                f"{self.name} has, or may have, changed attributes{hooks} that are not saved: {', '.join(changed)}. A "
+                "resumed run may then see other data. Give the dataset get_state and set_state."
             )
 
 
@@ -2700,12 +2635,12 @@ def load_model(
 _CALLS = itertools.count(1)  # by this number, JAX's processes agree on a call
 
 
-def _signals(given: Any) -> tuple[signal.Signals, ...]:
+def _signals(given: Any) -> list[signal.Signals]:
     try:
-        signals = tuple(dict.fromkeys(signal.Signals(number) for number in given))
+        signals = [signal.Signals(number) for number in dict.fromkeys(given)]
     except (TypeError, ValueError):
-        signals = None
-    if signals is None or {signal.SIGKILL, signal.SIGSTOP} & set(signals):
+        signals = [signal.SIGKILL]
+    if signal.SIGKILL in signals or signal.SIGSTOP in signals:
         raise ValueError(
             f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
             "(signal.SIGTERM,), or () for none."
@@ -2720,20 +2655,22 @@ class _Preemption:
         self.received: Any = None  # the number of the signal received
         self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
         self._earlier: dict[int, Any] = {}
+        uncaught, reason = list(signals), ""
         if _jax_owns_sigterm():
-            if others := [number.name for number in signals if number != signal.SIGTERM]:
-                _warn(f"With jax.distributed, only SIGTERM is caught, not {', '.join(others)}.")
-        elif signals and jax.process_count() > 1:
-            _warn(
-                "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several processes "
-                "cannot agree on a batch: preemption_signals are not caught, and a signal ends the run unsaved."
-            )
-        elif signals and threading.current_thread() is not threading.main_thread():
-            _warn("fit runs outside the main thread: preemption_signals are not caught.")
+            uncaught = [number for number in signals if number != signal.SIGTERM]
+            reason = "with jax.distributed, only SIGTERM is"
+        elif jax.process_count() > 1:
+            reason = "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several "
+            reason += "processes cannot agree on a batch"
+        elif threading.current_thread() is not threading.main_thread():
+            reason = "fit runs outside the main thread"
         else:
+            uncaught = []
             for number in signals:
                 self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
                 undo.callback(signal.signal, number, self._earlier[number])
+        if uncaught:
+            _warn(f"{', '.join(number.name for number in uncaught)} is not caught: {reason}.")
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
@@ -2804,13 +2741,11 @@ class _Pace:
             left = math.inf if self._manager._is_writing else self._start + next_cost / self._SHARE - now
         else:
             left = self._saved_at + self._freq.total_seconds() - now
-        if jax.process_count() > 1:
+        if jax.process_count() > 1:  # process 0 decides, asked ever more seldom until the next save
             if batches < self._ask_at:
                 return False
-            # Process 0 decides. All ask again after the number of batches expected until a save is due, but no later
-            # than after twice the batches since the last save.
-            wait = (batches - saved) * min(1, max(left, 0) / (now - self._saved_at))
-            left, self._ask_at = _gather([left, batches + int(wait)])[0]
+            self._ask_at = batches + 1 + (batches - saved) // 32
+            left = _gather(left)[0]
         return left <= 0
 
 
@@ -2819,16 +2754,24 @@ class _Run(keras.callbacks.Callback):
 
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         super().__init__()
-        self.callback, self.fit = callback, fit
+        self.callback, self.fit, self.resumable = callback, fit, callback._resumable
         self._model, self.manager = callback._fitted_model, callback.checkpoint_manager  # Keras's `model` would sync
-        kind = keras.utils.PyDataset
-        datasets = [_Dataset(data) if isinstance(data, kind) else None for data in (fit.data, fit.held_out)]
-        self.dataset: Any = datasets[0]
-        self.members: list[Any] = [*callback._stateful, *datasets]
+        given = {"the data": fit.data, "the validation data": fit.held_out}
+        datasets = {p: _Dataset(data, p) for p, data in given.items() if isinstance(data, keras.utils.PyDataset)}
+        self.dataset = datasets.get("the data")
+        # Whether the averages are in the model belongs to the model.
+        swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
+        averages = [_Stateful(swap, f"SwapEMAWeights {number}") for number, swap in enumerate(swaps)]
+        self.members = [*callback._stateful, *averages, *datasets.values()]
+        self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
         self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
+        self.batches = self.count = 0  # read in the whole run, and from Keras's present iterator
+        self.iterator: Any = None  # over batches
+        self.origin: Any = None  # the state before its first batch
+        self.last: Any = None  # the last batch
         self.before_batch: tuple = ()  # references to the variables' values, and copies of the metrics
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: Any = None  # a _Preemption, once fit has begun
@@ -2844,41 +2787,43 @@ class _Run(keras.callbacks.Callback):
             raise
 
     def _begin(self) -> None:
-        self.undo.callback(_unwatch_fit, self._model, self.fit)
+        self.undo.callback(_unwatch_fit, self._model)
         self._check()
-        rate, resumable = _learning_rate(self._model), self.callback._resumable
+        rate = _learning_rate(self._model)
         found = self.manager._restore(None, self._plan, donate=True)
-        self.reader = _Reader(iter(()), self._origin, self.start.batches or 0)
+        self.batches = self.start.batches or 0
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
         else:
             self.restored = found._replace(own=found.own or {})
+            self.is_inside = found.record is not None and found.record.unfinished
+            _start_at_epoch(self._model, self.fit.epochs if self._is_over(found.record) else self.start.epoch)
             self._say_loaded(rate)
-        if resumable is not None:
-            resumable.begin(self.restored.own.get("state"))  # may draw from torch's random generator
-        self._continue()
+        if self.resumable is not None:
+            self.resumable.begin(self.restored.own.get("state"))  # may draw from torch's random generator
+        self._put_back(self.restored.own)
+        *others, metrics = _train_state(self._model)
+        self.before_batch = _references(others), _copies(metrics)
         self.preemption = _Preemption(self.callback._signals, self.undo)
         self.manager._fitting = _jax_owns_sigterm()
         self.undo.callback(setattr, self.manager, "_fitting", False)
-        _watch_fit(self._model, self.fit, self._end_training, self.end)
-        _stand_between(self.fit, self.steps)
+        _watch_fit(self._model, self.fit, self.steps, self._end_training, self.end)
 
     def _check(self) -> None:
         """Before anything is restored, raises what a save would raise, and warns of what cannot resume exactly."""
         self.manager._start_run()
-        for member in filter(None, self.members):
+        for member in self.members:
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
-        iterator, resumable = self.fit.epoch_iterator, self.callback._resumable
-        if resumable is not None and not (resumable.drawn and iterator.steps_per_epoch):
+        source, is_endless = self.resumable, self.fit.epoch_iterator.steps_per_epoch
+        if source is not None and not (is_endless and source.drawn > source.first):
             raise ValueError(
                 "checkpoint.resumable(data) was called, but what it returned was not passed to fit, or steps_per_epoch "
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
-        callbacks = [each for each in self.callback._stateful if isinstance(each.member, keras.callbacks.Callback)]
-        running = set(map(id, self.fit.callbacks.callbacks))
-        if idle := [each.label for each in callbacks if id(each.member) not in running]:
-            _warn(f"{', '.join(idle)} was not passed to fit(callbacks=[...]), so it does nothing here.")
+        for each in self.callback._stateful:
+            if isinstance(each.member, keras.callbacks.Callback) and each.member not in self.fit.callbacks.callbacks:
+                _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(
                 "The validation data is a generator, which Keras does not restart for each validation: a resumed "
@@ -2890,11 +2835,6 @@ class _Run(keras.callbacks.Callback):
                 f"The state of further optimizers of the model is not saved: {', '.join(others)}. Pass them in "
                 "stateful, as objects with get_state and set_state."
             )
-        if _has_workers(self.fit) and (iterator.data_adapter.shuffle or self.dataset._hooks):
-            _warn(
-                f"{self.dataset.name} has workers={self.fit.data.workers}: batches are loaded before the shuffle for "
-                "their epoch, so a resumed run gets other batches. Use workers=1."
-            )
 
     def _plan(self, step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
         """Sets where the run continues after `step`. Returns the variables to restore, and why it cannot continue."""
@@ -2905,12 +2845,10 @@ class _Run(keras.callbacks.Callback):
         # epochs are done than asked for, a later fit with another optimizer may have done them.
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
-        is_new = is_of_here and self._model.optimizer is not optimizer
-        variables = _variables(self._model, not is_new, record is not None and _GROUPS[3] in record.variables)
+        is_other = is_of_here and self._model.optimizer is not optimizer
         if record is not None and start[:2] > (self.fit.epochs, 0):
-            _, differences = _compare(variables, record.variables, True, _automatic_names(self._model), True)
-            if any(line.startswith(_GROUPS[2]) for line in differences):
-                variables.pop(_GROUPS[2], None)
+            is_other |= len(record.variables[_GROUPS[2]]) != len(self._model.optimizer.variables)
+        variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return variables, list(self._differences(step, record))
 
     def _is_over(self, record: _Record | None) -> bool:
@@ -2920,11 +2858,13 @@ class _Run(keras.callbacks.Callback):
     def _differences(self, step: int, record: _Record | None) -> Iterator[str]:
         """What has changed since the step was saved, as far as can be told before a batch is drawn."""
         start, iterator, calls = self.start, self.fit.epoch_iterator, self._model.steps_per_execution
-        saved, given = record and record.stateful, [member.name for member in self.callback._stateful]
-        if saved is None and given:
-            _warn(f"The checkpoint holds no stateful objects: {given} start from their initial state.")
-        elif saved not in (None, given):
-            yield f"it was saved with stateful={saved}, but now stateful={given} was passed"
+        given = [member.name for member in self.callback._stateful]
+        if record is None or record.stateful is None:
+            if (given or iterator.steps_per_epoch) and not self._is_over(record):
+                state = f"the data starts from its beginning, and stateful={given} from the initial state"
+                _warn(f"Step {step} was not saved by this callback: {state}.")
+        elif record.stateful != given:
+            yield f"it was saved with stateful={record.stateful}, but now stateful={given} was passed"
         if self._is_over(record):
             return
         following = self._step(start.epoch, (start.batches or 0) + 1)
@@ -2933,14 +2873,9 @@ class _Run(keras.callbacks.Callback):
                 f"with save_freq={self.callback._save_freq!r} and steps_per_epoch={self.manager._steps_per_epoch}, "
                 f"the next checkpoint would be step {following}, which is not above {step}"
             )
-        if start.epoch == 0 and self.fit.initial_epoch:  # Keras would start there, because 0 is falsy
-            yield f"it is inside the first epoch, but initial_epoch={self.fit.initial_epoch} was passed"
-        if record is None or saved is None:
-            if iterator.steps_per_epoch is not None:
-                problem = "this callback did not save it, so the position in the data is unknown"
-                _warn(f"Step {step}: {problem}. The data starts from its beginning.")
+        if record is None:
             return
-        if record.is_resumable and self.callback._resumable is None:
+        if record.is_resumable and self.resumable is None:
             yield "fit read checkpoint.resumable(data) then, but does not now"
         then, now = record.num_batches, iterator.num_batches
         if start.batch and then and now and then != now:
@@ -2968,50 +2903,36 @@ class _Run(keras.callbacks.Callback):
         self.say("Load Orbax checkpoint on_train_begin.")
         self.say(f"{line}.")
 
-    def _continue(self) -> None:
-        """Restores the state of the run, as far as possible before the epoch begins."""
-        _, record, own = self.restored
-        for history in self._histories() if "history" in own else ():
-            vars(history).update(_copied(own["history"]))
-        self._put_back(own)
-        self.is_inside = record is not None and bool(record.unfinished)
-        *others, metrics = _train_state(self._model)
-        self.before_batch = _references(others), _copies(metrics)
-        if self.restored.step is not None:  # else keras.callbacks.BackupAndRestore may have set it
-            _start_at_epoch(self._model, self.fit, self.fit.epochs if self._is_over(record) else self.start.epoch)
-
     def _put_back(self, own: Mapping[str, Any]) -> None:
         """Restores the state of the run other than variables."""
-        for member, state in zip(self.members, own.get("members", ())):
-            if member and state is not None:
-                member.put(state)
-        _are_averages_in(self.fit, own.get("averages"))
+        states = own.get("members", {})
+        for member in self.members:
+            if member.place in states:
+                member.put(states[member.place])
+        for history in self.histories:
+            vars(history).update(_copied(own.get("history", {})))
         if "random" in own:
             _set_random_state(own["random"])
-
-    def _histories(self) -> list[keras.callbacks.History]:
-        return [each for each in self.fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
 
     # Batches.
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.epoch, self.before, self.before_validation = epoch, self.reader.batches, None
-        if self.is_inside:
-            self.before -= self.start.batch
+        self.epoch = epoch
+        self.before = self.batches - self.start.batch * self.is_inside
 
     def steps(self, steps: Iterator[tuple]) -> Iterator[tuple]:
         """Passes Keras's steps of an epoch on to `fit`: skips those already trained on, and saves when due."""
         place: list[int] = []
         for *place, iterator in steps:  # first batch, since 3.11 also last batch, iterator
-            if iterator is not self.reader.iterator:
+            if iterator is not self.iterator:
                 self._open(iterator)
             if self.is_inside:
                 if place[0] < self.start.batch:
                     continue
                 yield from self._arrive(place)
-            if self.callback._resumable is not None:
-                self.callback._resumable.forget(self.reader.count)
-            if self.preemption.is_due() or self.pace.is_due(self.reader.batches):
+            if self.resumable is not None:
+                self.resumable.forget(self.count)
+            if self.preemption.is_due() or self.pace.is_due(self.batches):
                 self._save_inside()
             start = time.monotonic()
             yield (*place, self.reader)
@@ -3021,53 +2942,64 @@ class _Run(keras.callbacks.Callback):
 
     def _open(self, iterator: Iterator) -> None:
         """Wraps a new iterator of Keras. In a resumed run, first skips the batches already trained on."""
-        is_first, resumable, batches = not self.reader.count, self.callback._resumable, self.reader.batches
-        self.reader = _Reader(iterator, self._origin, batches)
-        while resumable is not None and resumable.stale:
+        is_first, batches = not self.count, self.batches
+        self.count, self.iterator, self.reader = 0, iterator, self._read(iterator)
+        if not is_first:
+            return
+        for _ in range(self.resumable.stale if self.resumable is not None else 0):
             next(iterator)
-            resumable.stale -= 1
-        if self.dataset and self.fit.epoch_iterator.steps_per_epoch and _reads_ahead(iterator):
-            self.dataset.warn("run after batches that are read ahead by Keras from one epoch into the next")
+        if self.dataset and _loads_early(self.fit, iterator, bool(self.dataset.hooks)):
+            _warn(
+                f"Keras loads batches of {self.dataset.name} before the shuffle for their epoch, so a resumed run gets "
+                f"others. It has workers={self.fit.data.workers}: use workers=1, and no steps_per_epoch."
+            )
         goes_on = self.start.batch or self.fit.epoch_iterator.steps_per_epoch  # else the script may have changed it
-        if is_first and goes_on and (count := self.restored.own.get("count")):
+        if goes_on and (count := self.restored.own.get("count")):
             now = self._origin()
             self._put_back(self.restored.own["origin"])
             self._skip(count)
             self._compare_last()
             self._put_back(now)
-            self.reader.batches = batches
+            self.batches = batches
             _count_as_seen(self.fit, count - self.start.batch)
+
+    def _read(self, iterator: Iterator) -> Iterator:
+        """Keras's batches, on their way to `fit`."""
+        self.origin = self._origin()
+        for batch in iterator:
+            self.last, self.count, self.batches = batch, self.count + 1, self.batches + 1
+            del batch
+            yield self.last
+            self.last = None  # frees its memory before the next batch is loaded
 
     def _origin(self) -> dict[str, Any]:
         """The state that determines the batches of a pass over the data."""
-        members = [member.copy() if member and member is self.dataset else None for member in self.members]
+        members = {self.dataset.place: self.dataset.copy()} if self.dataset else {}
         return {"random": _random_state(), "members": members}
 
     def _skip(self, count: int) -> None:
         for number in range(count):
             if self.preemption.is_due():
                 self._leave()
-            try:
-                next(self.reader)
-            except StopIteration:
-                raise CheckpointMismatchError(
-                    f"The data ends after {number} batches, but the checkpoint of step {self.restored.step} was made "
-                    f"after {count}. Nothing was trained. Pass fit the same data as before."
-                ) from None
+            if next(self.reader, None) is None:
+                raise self._other_data(f"after {count} batches, but the data ends after {number} batches")
+
+    def _other_data(self, problem: str) -> CheckpointMismatchError:
+        return CheckpointMismatchError(
+            f"The checkpoint of step {self.restored.step} was made {problem}. Nothing was trained. Pass fit the same "
+            "data as before, or use another directory."
+        )
 
     def _compare_last(self) -> None:
         """Raises or warns if the last skipped batch is not the one trained on."""
         step, record, own = self.restored
-        saved, found = own["last"], _fingerprint(self.reader.last)
+        saved, found = own["last"], _fingerprint(self.last)
         if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
             return
         if found["shapes"] != saved["shapes"]:
-            raise CheckpointMismatchError(
-                f"The checkpoint of step {step} was made with batches of shapes {saved['shapes']}, and now they have "
-                f"{found['shapes']}: the batch size or the data has changed. Nothing was trained. Pass fit "
-                "the same data as before, or use another directory."
-            )
-        if self.dataset and self.reader.count > self.start.batch:
+            shapes = f"with batches of shapes {saved['shapes']}, and now they have {found['shapes']}"
+            raise self._other_data(f"{shapes}: the batch size or the data has changed")
+        if self.dataset and self.count > self.start.batch:
             return  # this pass began in an earlier epoch, and the dataset may have changed since
         _warn(
             f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
@@ -3099,7 +3031,7 @@ class _Run(keras.callbacks.Callback):
         trained, fixed, _, metrics = _train_state(self._model)
         # Large ones are assumed to be frozen weights.
         small = [jax.numpy.copy(v.value) if v.value.nbytes <= _SMALL_BYTES else None for v in fixed]
-        own = self._belongings([member and member.copy_before_validation() for member in self.members])
+        own = self._belongings({each.place: each.copy() for each in self.members if each.hears_validation()})
         self.before_validation = _references([trained, fixed]), _copies(metrics), small, own
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -3113,7 +3045,7 @@ class _Run(keras.callbacks.Callback):
         _, metrics, small, own = self.before_validation
         trained, fixed, optimizer, _ = _values(_train_state(self._model))
         fixed = [new if old is None else old for old, new in zip(small, fixed)]
-        own["members"] = [new if old is None else old for old, new in zip(own["members"], self._states())]
+        own["members"] = self._states() | own["members"]
         self._save_inside((trained, fixed, optimizer, metrics), own)
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -3121,9 +3053,9 @@ class _Run(keras.callbacks.Callback):
         if self.dataset:
             self.dataset.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
-        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.reader.batches)
+        is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":
-            position = _Position(epoch + 1, 0, self.reader.batches)
+            position = _Position(epoch + 1, 0, self.batches)
             own = self._belongings(self._states(), is_epoch_end=True)
             if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
                 self.say("Save Orbax checkpoint on_epoch_end.")
@@ -3134,18 +3066,18 @@ class _Run(keras.callbacks.Callback):
 
     def end(self, is_complete: bool = False) -> None:
         """Called however `fit` ends: waits for saves, and removes everything that the run has set on the model."""
-        error, callback, self.before_validation = sys.exc_info()[1], self.callback, None
+        error, failure = sys.exc_info()[1], None
         with self.undo:
             try:
                 self.manager.wait_until_finished()
             except Exception as caught:
-                self.manager._failure = caught
-        if callback._resumable is not None:
-            callback._resumable.end()
+                failure = caught
+        if self.resumable is not None:
+            self.resumable.end()
         if is_complete:
-            callback._done = max(callback._done[0], self.fit.epochs), self._model.optimizer
+            self.callback._done = max(self.callback._done[0], self.fit.epochs), self._model.optimizer
+            self.manager._failure = failure  # raised by on_train_end
             return
-        failure, self.manager._failure = self.manager._failure, None
         if failure is not None:  # not to hide the first error
             _warn(f"The last save failed as well: {failure!r}")
         if isinstance(error, Exception) and self.preemption and self.preemption.received is not None:
@@ -3163,49 +3095,44 @@ class _Run(keras.callbacks.Callback):
     def _step(self, epoch: int, batches: int) -> int:
         return epoch * self.manager._steps_per_epoch if self.callback._save_freq == "epoch" else batches
 
-    def _states(self) -> list[Any]:
-        return [member and member.get() for member in self.members]
+    def _states(self) -> dict[str, Any]:
+        return {member.place: member.get() for member in self.members}
 
-    def _belongings(self, states: list[Any], is_epoch_end: bool = False) -> dict[str, Any]:
+    def _belongings(self, states: dict[str, Any], is_epoch_end: bool = False) -> dict[str, Any]:
         """The current state of the run other than variables; `states` are those of the members."""
-        history = self._histories()[:1]
-        return self._position_in_data(is_epoch_end) | {
+        own = {
             "random": _random_state(),
             "members": states,
-            "averages": _are_averages_in(self.fit),
-            "history": _copied({n: vars(each).get(n) for each in history for n in ("epoch", "history")}, repr),
+            "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
         }
-
-    def _position_in_data(self, is_epoch_end: bool) -> dict[str, Any]:
-        """How to find the next batch again: the state before Keras's iterator began, and the batches read from it."""
-        reader = self.reader
-        if self.callback._resumable is not None:
-            return {"state": self.callback._resumable.state(reader.count)}
-        if not reader.count or (is_epoch_end and not _goes_on(self.fit, reader.iterator)):
-            return {}
-        return {"count": reader.count, "origin": reader.origin, "last": _fingerprint(reader.last)}
+        if self.resumable is not None:
+            own["state"] = self.resumable.state(self.count)
+        elif self.count and (not is_epoch_end or _goes_on(self.fit, self.iterator)):
+            # How to find the next batch: the state before Keras's iterator began, and the batches read from it.
+            own |= {"count": self.count, "origin": self.origin, "last": _fingerprint(self.last)}
+        return own
 
     def _save(self, position: _Position, logs: Any, own: dict[str, Any], **further: Any) -> bool:
         notes = {
             "stateful": [member.name for member in self.callback._stateful],
             "num_batches": self.fit.epoch_iterator.num_batches,
-            "is_resumable": self.callback._resumable is not None,
+            "is_resumable": self.resumable is not None,
         }
-        start, step = time.monotonic(), self._step(self.epoch, self.reader.batches)
+        start, step = time.monotonic(), self._step(self.epoch, self.batches)
         try:
             started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
-            for member in filter(None, self.members):
+            for member in self.members:
                 member.copy()  # raises with a name, if it is one of these that cannot be saved
             raise
         if started:
-            self.pace.count_save(self.reader.batches, time.monotonic() - start)
+            self.pace.count_save(self.batches, time.monotonic() - start)
         return started
 
     def _save_inside(self, values: Sequence[list[jax.Array]] | None = None, own: dict[str, Any] | None = None) -> None:
         """Saves a snapshot inside the epoch, during validation of the given values; then leaves if a signal asks to."""
-        batches = self.reader.batches
+        batches = self.batches
         if batches != self.pace.saved:
             self._model.jax_state_sync()
             position = _Position(self.epoch, batches - self.before, batches)
@@ -3240,9 +3167,8 @@ def _check_callback_arguments(
         raise ValueError("read_only=True: this callback saves. To only restore, use the manager.")
     if not isinstance(stateful, (list, tuple)):
         raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
-    is_name, is_time = isinstance(save_freq, str), isinstance(save_freq, datetime.timedelta)
-    is_positive = save_freq > datetime.timedelta(0) if is_time else _is_count(save_freq)
-    if not (save_freq in ("epoch", "auto") if is_name else is_positive):
+    is_time = isinstance(save_freq, datetime.timedelta)
+    if not (save_freq > datetime.timedelta(0) if is_time else save_freq in ("epoch", "auto") or _is_count(save_freq)):
         raise ValueError(
             f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), a datetime.timedelta, '
             'or "auto".'
