@@ -162,110 +162,95 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
-# The types that _pack accepts, by their name in the JSON. _unpack makes no others.
-_SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-_MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, collections.Counter)}
-_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # of a defaultdict
-_DATES = {kind.__name__: kind for kind in (datetime.datetime, datetime.date)}
+# What _pack accepts beside lists, numbers, strings, bytes and arrays. _unpack makes and names nothing else.
+_ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {  # from which a type makes an equal value
+    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
+    **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
+    datetime.timezone: lambda old: [old.utcoffset(None)],
+    collections.Counter: lambda old: [dict(old)],
+    collections.defaultdict: lambda old: [old.default_factory, dict(old)],
+    collections.deque: lambda old: [list(old), old.maxlen],
+}
+_TYPES: dict[str, Callable] = {kind.__name__: kind for kind in _ARGUMENTS}
 _OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
+_NAMED = _OPERATIONS | {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # factories
 _BITS = {kind: getattr(np.random, kind) for kind in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")}
 _GENERATORS: dict[type, tuple[Callable, Callable]] = {  # how to get and set the states of random generators
     random.Random: (random.Random.getstate, random.Random.setstate),
     np.random.RandomState: (lambda old: old.get_state(legacy=False), np.random.RandomState.set_state),
     np.random.Generator: (lambda old: old.bit_generator.state, lambda new, to: setattr(new.bit_generator, "state", to)),
 }
-_INLINE_BYTES = 2**13  # larger arrays are stored outside the JSON
+_INLINE_BYTES = 2**13  # more are stored outside the JSON
 
 
 def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
-    """`value` as JSON. Large arrays become indices into `arrays`, to which their .npy bytes are appended.
+    """`value` as JSON. Large arrays become indices into `arrays`, to which their bytes are appended.
 
     TypeError if the value would not come back with the same types, unless `default` converts it.
     """
     pack, kind = functools.partial(_pack, arrays=arrays, default=default), type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind in _SEQUENCES.values():
-        return {kind.__name__: [pack(item) for item in value]}
-    if kind is collections.deque:
-        return {"deque": [pack(item) for item in value], "maxlen": value.maxlen}
-    if kind in _MAPPINGS.values():
-        return {kind.__name__: [[pack(key), pack(item)] for key, item in value.items()]}
-    if kind is collections.defaultdict and (value.default_factory or dict) in _FACTORIES.values():
-        factory = value.default_factory and value.default_factory.__name__
-        return {"defaultdict": [[pack(key), pack(item)] for key, item in value.items()], "factory": factory}
-    if kind is bytes:
-        return {"bytes": base64.b64encode(value).decode()}
-    if kind in _DATES.values():
-        return {kind.__name__: value.isoformat()}
+    if kind is list:
+        return [pack(item) for item in value]
+    if kind in _ARGUMENTS and getattr(value, "default_factory", None) in (None, *_NAMED.values()):
+        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
     if kind in _GENERATORS:
         return {kind.__name__: pack(_GENERATORS[kind][0](value))}
+    if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
+        arrays.append(np.frombuffer(value, np.uint8))
+        return {"bytes": len(arrays) - 1}
+    if kind is bytes:
+        return {"bytes": base64.b64encode(value).decode()}
     if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
         with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
-            return _pack_array(value, arrays)
+            name = "jax" if isinstance(value, jax.Array) else "scalar" if isinstance(value, np.generic) else "array"
+            return {name: pack(_npy(np.asarray(value)))}
     if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
         return {"torch": pack(value.detach().cpu().numpy())}
-    for name, operation in _OPERATIONS.items():
-        if value is operation:
-            return {"operation": name}
+    for name, each in _NAMED.items():
+        if value is each:
+            return {"name": name}
     if default is not None:
         return pack(default(value), default=None)
     raise TypeError(f"a {kind.__name__} cannot be saved")
 
 
-def _pack_array(value: np.ndarray | np.generic | jax.Array, arrays: list[np.ndarray] | None) -> dict[str, Any]:
-    array, buffer = np.asarray(value), io.BytesIO()
+def _npy(array: np.ndarray) -> list[Any]:
+    """An array as a .npy file, and its dtype, if such files do not support that: bfloat16 and the like."""
     if array.dtype.hasobject or array.dtype.kind == "T":
         raise TypeError("objects")
-    is_foreign = array.dtype.isbuiltin == 2  # bfloat16 and the like, which .npy files do not support
+    is_foreign, buffer = array.dtype.isbuiltin == 2, io.BytesIO()
     np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
-    data = buffer.getvalue()
-    if arrays is None or len(data) <= _INLINE_BYTES:
-        place: str | int = base64.b64encode(data).decode()
-    else:
-        place = len(arrays)
-        arrays.append(np.frombuffer(data, np.uint8))
-    kind = "jax" if isinstance(value, jax.Array) else "scalar" if isinstance(value, np.generic) else "numpy"
-    return {kind: place, "dtype": array.dtype.name if is_foreign else None}
+    return [buffer.getvalue(), array.dtype.name if is_foreign else None]
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `_pack`."""
-    unpack = functools.partial(_unpack, arrays=arrays)
+    """The inverse of `_pack`. LookupError or ValueError for what `_pack` does not make."""
+    if isinstance(value, list):
+        return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
-    (kind, content), *others = value.items()
-    other = others[0][1] if others else None
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind](unpack(item) for item in content)
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind]({unpack(key): unpack(item) for key, item in content})
-    if kind in _DATES:
-        return _DATES[kind].fromisoformat(content)
+    [(kind, content)] = value.items()
+    parts = _unpack(content, arrays)
     match kind:
-        case "deque":
-            return collections.deque(map(unpack, content), other)
-        case "defaultdict":
-            items = {unpack(key): unpack(item) for key, item in content}
-            return collections.defaultdict(_FACTORIES[other] if other else None, items)
         case "bytes":
-            return base64.b64decode(content)
-        case "Random" | "RandomState" | "Generator":
-            state = unpack(content)
-            make = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
-            generator = make() if make else np.random.Generator(_BITS[state["bit_generator"]]())
-            _GENERATORS[type(generator)][1](generator, state)
-            return generator
+            return base64.b64decode(parts) if isinstance(parts, str) else arrays[parts].tobytes()
+        case "array" | "scalar" | "jax":
+            array = np.load(io.BytesIO(parts[0]), allow_pickle=False)
+            array = array.view(jax.numpy.dtype(parts[1])) if parts[1] else array
+            return array if kind == "array" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
         case "torch":
-            return sys.modules["torch"].from_numpy(np.array(unpack(content)))
-        case "operation" if content in _OPERATIONS:
-            return _OPERATIONS[content]
-        case "numpy" | "scalar" | "jax":
-            data = base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-            array = array.view(jax.numpy.dtype(other)) if other else array
-            return array if kind == "numpy" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
-    raise ValueError(f"unknown kind of saved value: {kind!r}")
+            return sys.modules["torch"].from_numpy(np.array(parts))
+        case "name":
+            return _NAMED[parts]
+        case "Random" | "RandomState" | "Generator":
+            new = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
+            generator = new() if new else np.random.Generator(_BITS[parts["bit_generator"]]())
+            _GENERATORS[type(generator)][1](generator, parts)
+            return generator
+    return _TYPES[kind](*parts)
 
 
 def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
