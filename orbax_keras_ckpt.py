@@ -793,9 +793,10 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
             model.optimizer.build(model.trainable_variables)
         members[_GROUPS[2]] = list(model.optimizer.variables)
     paths = {name: [variable.path for variable in variables] for name, variables in members.items()}
+    _check_paths(paths[_WEIGHTS[0]] + paths[_WEIGHTS[1]])
     if optimizer:
         paths[_GROUPS[2]] = _distinct(paths[_GROUPS[2]])
-    _check_paths(paths)
+        _check_paths(paths[_GROUPS[2]])
     groups = {name: dict(zip(paths[name], variables)) for name, variables in members.items()}
     if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
@@ -804,27 +805,21 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
 
 def _distinct(paths: list[str]) -> list[str]:
     """The paths, with numbers where several are equal: Keras's Adafactor names its variables alike."""
-    counts, seen = collections.Counter(paths), collections.Counter[str]()
-    numbered = []
-    for path in paths:
-        seen[path] += 1
-        numbered.append(f"{path}-{seen[path]}-of-{counts[path]}" if counts[path] > 1 else path)
-    return numbered
+    counts = collections.Counter(paths)
+    numbers = {path: itertools.count(1) for path in counts}
+    return [f"{path}-{next(numbers[path])}-of-{counts[path]}" if counts[path] > 1 else path for path in paths]
 
 
-def _check_paths(groups: Mapping[str, list[str]]) -> None:
+def _check_paths(paths: list[str]) -> None:
     """Raises if two variables would collide in the state tree, or on disk, where "/" becomes "."."""
-    paths = itertools.chain(*groups.values())
+    names = collections.Counter(path.replace("/", ".") for path in paths)
     folders = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
-    weights = collections.Counter(_array_name("", path) for group in _WEIGHTS for path in groups.get(group, ()))
-    for group, members in groups.items():
-        counts = weights if group in _WEIGHTS else collections.Counter(_array_name("", path) for path in members)
-        for path in members:
-            if counts[_array_name("", path)] > 1 or path in folders:
-                raise ValueError(
-                    f"Two of the model's {group} have the path {path!r}, or one that differs only in '.' and '/': a "
-                    "checkpoint could not tell them apart. Give their layers different names (name=...)."
-                )
+    for path in paths:
+        if names[path.replace("/", ".")] > 1 or path in folders:
+            raise ValueError(
+                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
+                "checkpoint could not tell them apart. Give their layers different names (name=...)."
+            )
 
 
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
@@ -871,71 +866,61 @@ def _automatic_names(model: keras.Model) -> set[str]:
     return stems
 
 
-def _canonical(paths: Iterable[str], automatic: Iterable[str], is_ordered: bool) -> dict[str, str]:
-    """{canonical path: path}. In canonical paths, Keras's own numbers are replaced by "rank of count" among siblings.
+def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
+    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
+    stem, number = _NUMBER.sub("", name), _NUMBER.search(name)
+    return (stem, int(number[1]) if number else 0) if stem in automatic else (name, 0)
 
-    Keras counts up as layers are created, so the order of the numbers is the order of creation. With `is_ordered`,
-    paths are equal only if these ranks come in the same order too; otherwise the user has given some of the numbers.
+
+def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool) -> Iterator[tuple[Any, Any]]:
+    """Pairs the leaves of two trees by name, except for Keras's own numbers.
+
+    Keras counts up as layers are created, so names that differ only in its numbers are paired in the order of the
+    numbers. If this changes the order in which they come (only looked at with `is_ordered`), or if one tree has more
+    of them, the user has given some of the numbers, or the models differ: then they are paired by name alone.
     """
-    ends = {path: list(itertools.accumulate(path.split("/"), "{}/{}".format)) for path in paths}  # a, a/b, a/b/c
-    names, siblings = {}, collections.defaultdict(list)
-    for place in dict.fromkeys(itertools.chain(*ends.values())):
-        folder, _, names[place] = place.rpartition("/")
-        number = _NUMBER.search(place)
-        if (stem := _NUMBER.sub("", names[place])) in automatic:
-            siblings[folder, stem].append((int(number[1]) if number else 0, place))
-    for (_, stem), members in siblings.items():
-        ranks = {place: rank for rank, (_, place) in enumerate(sorted(members))}
-        order = zlib.crc32(str([ranks[place] for _, place in members]).encode()) if is_ordered else ""
-        names |= {place: f"{stem} {rank} of {len(members)} {order}" for place, rank in ranks.items()}
-    return {"/".join(names[place] for place in places): path for path, places in ends.items()}
-
-
-def _pair_paths(
-    live: Sequence[str], saved: Sequence[str], automatic: Iterable[str], is_ordered: bool = False
-) -> dict[str, str]:
-    """{live path: saved path}, matched up to Keras's own numbers first, then exactly."""
-    here, there = (_canonical(paths, automatic, is_ordered) for paths in (live, saved))
-    pairs = {path: there[name] for name, path in here.items() if name in there}
-    rest = set(saved).difference(pairs.values())
-    return pairs | {path: path for path in live if path in rest and path not in pairs}
-
-
-def _pair_optimizer(live: Iterable[str], saved: Sequence[str], weights: Mapping[str, str], automatic: Any) -> dict:
-    """{live path: saved path} of the optimizer's variables, whose names contain the paths of the weights."""
-    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
-
-    def as_saved(path: str) -> str:
-        folder, _, name = path.rpartition("/")
-        for cut in (match.start() for match in reversed(list(re.finditer("_", name)))):
-            if name[:cut] in flat:
-                return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
-        return path
-
-    renamed = {as_saved(path): path for path in live}
-    return {renamed[path]: other for path, other in _pair_paths(list(renamed), saved, automatic).items()}
+    families: list[dict[str, list[str]]] = [collections.defaultdict(list), collections.defaultdict(list)]
+    for family, tree in zip(families, (live, saved)):
+        for name in tree:
+            family[_split(name, automatic)[0]].append(name)
+    for stem, here in families[0].items():
+        there = families[1][stem]
+        by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
+        names = dict(zip(*by_number))
+        if len(here) != len(there) or (is_ordered and [names[name] for name in here] != there):
+            names = {name: name for name in here if name in there}
+        for one, other in names.items():
+            if isinstance(live[one], dict) and isinstance(saved[other], dict):
+                yield from _pair(live[one], saved[other], automatic, is_ordered)
+            elif not isinstance(live[one], dict) and not isinstance(saved[other], dict):
+                yield live[one], saved[other]
 
 
 _Place = tuple[str, str]  # group and path of a variable
 
 
 def _pair_variables(
-    live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool
+    live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]], automatic: Iterable[str], is_ordered: bool
 ) -> dict[_Place, _Place]:
     """{live: saved}. A weight may have changed its group, if its layer was frozen or unfrozen in between."""
-    groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
-    here, there = ([s.path for group in _WEIGHTS for s in specs.get(group, [])] for specs in (live, saved))
-    weights = _pair_paths(here, there, automatic)
-    places = [(group, s.path) for group in _WEIGHTS for s in live.get(group, [])]
-    if is_ordered and all(groups[weights[path]] == group for group, path in places if path in weights):
-        weights = _pair_paths(here, there, automatic, is_ordered)  # nothing was frozen or unfrozen
-    here, there = ([s.path for s in specs.get(_GROUPS[2], [])] for specs in (live, saved))
-    optimizer = _pair_optimizer(here, there, weights, automatic)
-    return (
-        {(group, path): (groups[weights[path]], weights[path]) for group, path in places if path in weights}
-        | {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in optimizer.items()}
-        | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
-    )
+
+    def tree(groups: Iterable[str], specs: Mapping[str, list[_Spec]], name: Callable[[str], str] = str) -> Any:
+        return _nest({name(spec.path): (group, spec.path) for group in groups for spec in specs.get(group, [])})
+
+    here, there = tree(_WEIGHTS, live), tree(_WEIGHTS, saved)
+    weights = dict(_pair(here, there, automatic, False))
+    if is_ordered and all(group == other for (group, _), (other, _) in weights.items()):  # no layer was frozen since
+        weights = dict(_pair(here, there, automatic, True))
+    flat = {path.replace("/", "_"): other.replace("/", "_") for (_, path), (_, other) in weights.items()}
+
+    def as_saved(path: str) -> str:  # names of the optimizer's variables contain the paths of the weights
+        folder, _, name = path.rpartition("/")
+        cuts = (match.start() for match in reversed(list(re.finditer("_", name))))
+        cut = next((cut for cut in cuts if name[:cut] in flat), None)
+        return path if cut is None else f"{folder}/{flat[name[:cut]]}{name[cut:]}"
+
+    others = tree(_GROUPS[2:], live, as_saved), tree(_GROUPS[2:], saved)
+    return weights | dict(_pair(*others, automatic, False))
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
@@ -981,28 +966,25 @@ def _compare(
     """
     live = _specs(variables, _values(members.values() for members in variables.values()))
     pairs = _pair_variables(live, saved, automatic, is_ordered)
-    places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
-    taken = set(pairs.values())
-    unexpected = [place for place in places if place not in taken]
+    specs = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
+    unexpected = specs.keys() - pairs.values()
     sources: list[_Source] = []
     differences: list[str] = []
-    for group, path, spec in ((group, spec.path, spec) for group, specs in live.items() for spec in specs):
-        place = pairs.get((group, path), (group, ""))
-        other = places.get(place)
-        if other is None:
-            alike = [name for where, name in unexpected if where == group and places[where, name].shape == spec.shape]
-            near = difflib.get_close_matches(path, alike, n=1) if len(differences) < 10 else []
-            hint = f", where {near[0]!r} comes nearest" if near else ""
-            differences.append(f"{group}: {path!r} is in the model but not in the checkpoint{hint}")
-        elif other.shape != spec.shape:
-            differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {spec.shape}")
-        elif strict and other.dtype != spec.dtype:
-            differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
-        else:
-            sources.append(_Source(_array_name(*place), variables[group][path], other))
-    differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
-    # Weights first: differences in the optimizer mostly follow from theirs.
-    return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
+    for group, members in variables.items():  # weights first: differences in the optimizer mostly follow from theirs
+        for path, shape, dtype in live[group]:
+            place = pairs.get((group, path), (group, ""))
+            other = specs.get(place)
+            if other is None:
+                differences.append(f"{group}: {path!r} is in the model but not in the checkpoint")
+            elif other.shape != shape:
+                differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {shape}")
+            elif strict and other.dtype != dtype:
+                differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {dtype}")
+            else:
+                sources.append(_Source(_array_name(*place), members[path], other))
+        rest = [spec.path for spec in saved.get(group, []) if (group, spec.path) in unexpected]
+        differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for path in rest]
+    return sources, differences
 
 
 def _listing(lines: list[str]) -> str:

@@ -2797,9 +2797,6 @@ def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
         restore(model, tmp_path, strict=False)
     assert_equal(model.get_layer("block_2").get_weights(), saved.get_layer("block_2").get_weights())
     assert_equal(model.get_layer("block_3").get_weights(), before)
-    nearest = "'.*block_22/kernel' is in the model but.*, where '.*block_2/kernel' comes nearest"
-    with pytest.raises(CheckpointMismatchError, match=nearest):
-        restore(blocks_named("block_1", "block_22"), tmp_path)
 
 
 def frozen(*which):
