@@ -1926,22 +1926,19 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
         with _serialization(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about lambdas: load_model() refuses them
             config: Any = keras.saving.serialize_keras_object(model)
-            policy = keras.saving.serialize_keras_object(model.dtype_policy)
-            lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            ids = {id(variable) for variable in model.trainable_variables}
-            trainable = [id(variable) in ids for variable in model.variables]
-            # All missing from the configs of enclosing layers.
-            layers = [layer.trainable for layer in _layers(model)]
-            config |= {"dtype_policy": policy, "lora": lora, "trainable": trainable, "trainable_layers": layers}
+            # All of these are missing from the configs of enclosing layers.
+            config["dtype_policy"] = keras.saving.serialize_keras_object(model.dtype_policy)
+            config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
+            config["variables"] = [[variable.path, variable.trainable] for variable in model.variables]
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
 
 
-def _lora(layer: keras.layers.Layer) -> list[Any]:
-    """Rank and alpha of a layer's LoRA; empty if it is not enabled."""
-    enabled = getattr(layer, "lora_enabled", False) and hasattr(layer, "enable_lora")
-    return [layer.lora_rank, getattr(layer, "lora_alpha", layer.lora_rank)] if enabled else []
+def _lora(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The arguments with which LoRA was enabled in a layer; empty if it was not."""
+    alpha = {"lora_alpha": layer.lora_alpha} if hasattr(layer, "lora_alpha") else {}  # new in Keras 3.11
+    return {"rank": layer.lora_rank, **alpha} if getattr(layer, "lora_enabled", False) else {}
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
@@ -1963,9 +1960,8 @@ def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) 
         live = _saved_assets(model)
     if not live or record is None or record.run is None:
         return []
-    archive = _read_archive(path, record)
-    saved = {name: archive.read(f"assets/{name}") for name in live if f"assets/{name}" in archive.namelist()}
-    other = {name.partition("/")[0] for name in live if live[name] != saved.get(name)}
+    saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
+    other = {name.split("/")[0] for name, file in live.items() if zlib.crc32(file) != saved.get(f"assets/{name}")}
     names = [layer.name for place, layer in enumerate(_layers(model)) if str(place) in other]
     return [f"assets: those of layer {name!r}, such as a vocabulary, differ from the saved ones" for name in names]
 
@@ -1977,21 +1973,17 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        for place, (rank, alpha) in record.model["lora"].items():
-            layer = _layers(model)[int(place)]
-            if not layer.lora_enabled:
-                layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
-        for layer, is_trainable in zip(_layers(model), record.model["trainable_layers"]):
-            if layer.trainable != is_trainable:
-                layer.trainable = is_trainable
-        # Unlike that of the groups, the order of model.variables does not depend on what is frozen.
-        variables, trainable = model.variables, record.model["trainable"]
-        paths = {group: iter(record.variables[group]) for group in _WEIGHTS}
-        saved = [next(paths[_WEIGHTS[not is_trainable]]).path for is_trainable in trainable]
-        for live, place in _pair_ends([variable.path for variable in variables], saved).items():
-            _rename(variables[live], saved[place])
-            if variables[live].trainable != trainable[place]:
-                variables[live].trainable = trainable[place]
+        for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"]):
+            if lora and not layer.lora_enabled:
+                layer.enable_lora(**lora)
+            layer.trainable = is_trainable
+        # The layers come in the same order; variables within a layer may not, but have the same names.
+        live = sorted(model.variables, key=lambda variable: _last_name(variable.path))
+        saved = sorted(record.model["variables"], key=lambda variable: _last_name(variable[0]))
+        if [_last_name(variable.path) for variable in live] == [_last_name(path) for path, _ in saved]:
+            for variable, (path, is_trainable) in zip(live, saved):
+                variable.trainable = is_trainable
+                _rename(variable, path)
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
@@ -2004,33 +1996,40 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
     return model
 
 
-def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
-    """{live index: saved index} of the paths of two models with the same config.
+def _last_name(path: str) -> str:
+    """The name of a variable in its layer, without the number if Keras has made it up."""
+    return _split(path.rpartition("/")[2], ("variable",))[0]
 
-    Their layers come in the same order, but with other numbers. Variables within a layer may come in another order,
-    and are then told apart by their names.
-    """
-    pairs: dict[int, int] = {}
-    for length in (2, 1):  # how many names at the end of the paths must agree
-        ends: dict[Any, tuple[list[int], list[int]]] = collections.defaultdict(lambda: ([], []))
-        for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
-            for place in sorted(set(range(len(paths))) - paired):
-                names = paths[place].split("/")[-length:]
-                ends[tuple(_NUMBER.sub("", name) for name in names)][side].append(place)
-        for here, there in ends.values():
-            if len(here) == len(there):
-                pairs.update(zip(here, there))
-    return pairs
+
+def _loadable(step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any) -> keras.Model:
+    """The model of a step, rebuilt from its config. CheckpointError if there is none, or none that says enough."""
+    problem = "another tool wrote it" if record is None else record.model.get("error")
+    if record is not None and problem is None:
+        with _reading(step, path):
+            archive = _read_archive(path, record) if record.run else None
+        try:
+            model = _rebuilt(record, archive, compile, **scope)
+        except Exception as error:
+            error.add_note(
+                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
+                "metrics are custom; or build the model as its script does, and restore it by "
+                "KerasOrbaxCheckpointManager.restore_state()."
+            )
+            raise
+        if model.built:
+            return model
+        problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+    raise CheckpointError(
+        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+        "does, then call KerasOrbaxCheckpointManager.restore_state()."
+    )
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
     """Names of layers whose own `save_own_variables` saves more than their variables."""
-    plain = keras.layers.Layer.save_own_variables
-    own = [layer for layer in _layers(model) if type(layer).save_own_variables is not plain]
     names = []
-    for layer in own:
-        definer = next(cls for cls in type(layer).__mro__ if "save_own_variables" in vars(cls))
-        if definer.__module__.partition(".")[0] not in ("keras", "keras_hub"):
+    for layer in _layers(model):
+        if not layer.save_own_variables.__module__.startswith(("keras.", "keras_hub.")):
             stored: dict[str, Any] = {}
             layer.save_own_variables(stored)
             known = [np.asarray(variable.value) for variable in layer.variables]
@@ -2669,28 +2668,9 @@ def load_model(
     models: list[keras.Model] = []
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        problem = "another tool wrote it" if record is None else record.model.get("error")
-        if problem is None:
-            assert record is not None
-            with _reading(step, path):
-                archive = _read_archive(path, record) if record.run else None
-            try:
-                model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
-            except Exception as error:
-                error.add_note(
-                    "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss "
-                    "or metrics are custom; or build the model as its script does, and restore it by "
-                    "KerasOrbaxCheckpointManager.restore_state()."
-                )
-                raise
-            if model.built:
-                models[:] = [model]
-                return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
-            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-        raise CheckpointError(
-            f"Step {step} in {directory} cannot be loaded without its code: {problem}. Build the model as "
-            "its script does, then call KerasOrbaxCheckpointManager.restore_state()."
-        )
+        model = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+        models[:] = [model]
+        return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
 
     _wait_for_saves(directory)
     restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
