@@ -162,17 +162,7 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
-# What _pack accepts beside lists, numbers, strings, bytes and arrays. _unpack makes and names nothing else.
-_ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {  # from which a type makes an equal value
-    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
-    **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
-    **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
-    datetime.timezone: lambda old: [old.utcoffset(None)],
-    collections.Counter: lambda old: [dict(old)],
-    collections.defaultdict: lambda old: [old.default_factory, dict(old)],
-    collections.deque: lambda old: [list(old), old.maxlen],
-}
-_TYPES: dict[str, Callable] = {kind.__name__: kind for kind in _ARGUMENTS}
+_INLINE_BYTES = 2**13  # more are stored outside the JSON
 _OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
 _NAMED = _OPERATIONS | {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # factories
 _BITS = {kind: getattr(np.random, kind) for kind in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")}
@@ -181,7 +171,42 @@ _GENERATORS: dict[type, tuple[Callable, Callable]] = {  # how to get and set the
     np.random.RandomState: (lambda old: old.get_state(legacy=False), np.random.RandomState.set_state),
     np.random.Generator: (lambda old: old.bit_generator.state, lambda new, to: setattr(new.bit_generator, "state", to)),
 }
-_INLINE_BYTES = 2**13  # more are stored outside the JSON
+
+
+def _generator(kind: str, state: Any) -> Any:
+    """A random generator with this state."""
+    new = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
+    generator = new() if new else np.random.Generator(_BITS[state["bit_generator"]]())
+    _GENERATORS[type(generator)][1](generator, state)
+    return generator
+
+
+def _dtype_name(dtype: np.dtype) -> Any:
+    """What `np.lib.format.descr_to_dtype` makes a dtype from; also bfloat16 and the like, which .npy files lack."""
+    return dtype.name if dtype.isbuiltin == 2 else np.lib.format.dtype_to_descr(dtype)
+
+
+# What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
+_ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
+    **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
+    datetime.timezone: lambda old: [old.utcoffset(None)],
+    collections.Counter: lambda old: [dict(old)],
+    collections.defaultdict: lambda old: [old.default_factory, dict(old)],
+    collections.deque: lambda old: [list(old), old.maxlen],
+    np.ndarray: lambda old: [old.tobytes(), _dtype_name(old.dtype), old.shape],
+    **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
+}
+_MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
+    **{kind.__name__: kind for kind in _ARGUMENTS},
+    **{kind.__name__: _generator for kind in _GENERATORS},
+    "ndarray": lambda data, dtype, shape: np.ndarray(shape, np.lib.format.descr_to_dtype(dtype), data).copy(),
+    "scalar": lambda array: array[()],
+    "jax": jax.numpy.asarray,
+    "torch": lambda array: sys.modules["torch"].from_numpy(array),
+    "name": _NAMED.__getitem__,
+}
 
 
 def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
@@ -194,36 +219,26 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
         return value
     if kind is list:
         return [pack(item) for item in value]
-    if kind in _ARGUMENTS and getattr(value, "default_factory", None) in (None, *_NAMED.values()):
-        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
-    if kind in _GENERATORS:
-        return {kind.__name__: pack(_GENERATORS[kind][0](value))}
     if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
         arrays.append(np.frombuffer(value, np.uint8))
         return {"bytes": len(arrays) - 1}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
-            name = "jax" if isinstance(value, jax.Array) else "scalar" if isinstance(value, np.generic) else "array"
-            return {name: pack(_npy(np.asarray(value)))}
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # keys, parts of other processes
+        if isinstance(value, (np.generic, jax.Array)):
+            return {"jax" if isinstance(value, jax.Array) else "scalar": [pack(np.asarray(value), default=None)]}
     if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
-        return {"torch": pack(value.detach().cpu().numpy())}
+        return {"torch": [pack(value.detach().cpu().numpy())]}
     for name, each in _NAMED.items():
         if value is each:
-            return {"name": name}
+            return {"name": [name]}
+    has_objects = kind is np.ndarray and (value.dtype.hasobject or value.dtype.kind == "T")
+    has_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
+    if kind in _ARGUMENTS and not has_objects and not has_code:
+        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
     if default is not None:
         return pack(default(value), default=None)
     raise TypeError(f"a {kind.__name__} cannot be saved")
-
-
-def _npy(array: np.ndarray) -> list[Any]:
-    """An array as a .npy file, and its dtype, if such files do not support that: bfloat16 and the like."""
-    if array.dtype.hasobject or array.dtype.kind == "T":
-        raise TypeError("objects")
-    is_foreign, buffer = array.dtype.isbuiltin == 2, io.BytesIO()
-    np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
-    return [buffer.getvalue(), array.dtype.name if is_foreign else None]
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
@@ -233,24 +248,9 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     if not isinstance(value, dict):
         return value
     [(kind, content)] = value.items()
-    parts = _unpack(content, arrays)
-    match kind:
-        case "bytes":
-            return base64.b64decode(parts) if isinstance(parts, str) else arrays[parts].tobytes()
-        case "array" | "scalar" | "jax":
-            array = np.load(io.BytesIO(parts[0]), allow_pickle=False)
-            array = array.view(jax.numpy.dtype(parts[1])) if parts[1] else array
-            return array if kind == "array" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
-        case "torch":
-            return sys.modules["torch"].from_numpy(np.array(parts))
-        case "name":
-            return _NAMED[parts]
-        case "Random" | "RandomState" | "Generator":
-            new = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
-            generator = new() if new else np.random.Generator(_BITS[parts["bit_generator"]]())
-            _GENERATORS[type(generator)][1](generator, parts)
-            return generator
-    return _TYPES[kind](*parts)
+    if kind == "bytes":
+        return base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
+    return _MAKERS[kind](*_unpack(content, arrays))
 
 
 def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
