@@ -181,11 +181,6 @@ def _generator(kind: str, state: Any) -> Any:
     return generator
 
 
-def _dtype_name(dtype: np.dtype) -> Any:
-    """What `np.lib.format.descr_to_dtype` makes a dtype from; also bfloat16 and the like, which .npy files lack."""
-    return dtype.name if dtype.isbuiltin == 2 else np.lib.format.dtype_to_descr(dtype)
-
-
 # What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
 _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
@@ -195,13 +190,14 @@ _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     collections.Counter: lambda old: [dict(old)],
     collections.defaultdict: lambda old: [old.default_factory, dict(old)],
     collections.deque: lambda old: [list(old), old.maxlen],
-    np.ndarray: lambda old: [old.tobytes(), _dtype_name(old.dtype), old.shape],
+    # The dtypes of JAX that numpy does not have, such as bfloat16, are known by name.
+    np.ndarray: lambda old: [old.tobytes(), old.dtype.name if old.dtype.isbuiltin == 2 else old.dtype.str, old.shape],
     **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
 }
 _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
     **{kind.__name__: kind for kind in _ARGUMENTS},
     **{kind.__name__: _generator for kind in _GENERATORS},
-    "ndarray": lambda data, dtype, shape: np.ndarray(shape, np.lib.format.descr_to_dtype(dtype), data).copy(),
+    "ndarray": lambda data, dtype, shape: np.ndarray(shape, jax.numpy.dtype(dtype), data).copy(),
     "scalar": lambda array: array[()],
     "jax": jax.numpy.asarray,
     "torch": lambda array: sys.modules["torch"].from_numpy(array),
@@ -232,9 +228,9 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
     for name, each in _NAMED.items():
         if value is each:
             return {"name": [name]}
-    has_objects = kind is np.ndarray and (value.dtype.hasobject or value.dtype.kind == "T")
-    has_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
-    if kind in _ARGUMENTS and not has_objects and not has_code:
+    is_odd = kind is np.ndarray and (value.dtype.kind in "OT" or value.dtype.names)  # not just numbers or texts
+    is_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
+    if kind in _ARGUMENTS and not is_odd and not is_code:
         return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
     if default is not None:
         return pack(default(value), default=None)
@@ -873,45 +869,46 @@ def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
 
 
 def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool) -> Iterator[tuple[Any, Any]]:
-    """Pairs the leaves of two trees by name, except for Keras's own numbers.
+    """Pairs the leaves of two trees by name, up to Keras's own numbers; those without a counterpart with None.
 
     Keras counts up as layers are created, so names that differ only in its numbers are paired in the order of the
     numbers. If this changes the order in which they come (only looked at with `is_ordered`), or if one tree has more
     of them, the user has given some of the numbers, or the models differ: then they are paired by name alone.
     """
-    families: list[dict[str, list[str]]] = [collections.defaultdict(list), collections.defaultdict(list)]
-    for family, tree in zip(families, (live, saved)):
-        for name in tree:
-            family[_split(name, automatic)[0]].append(name)
-    for stem, here in families[0].items():
-        there = families[1][stem]
+    families: dict[Any, tuple[list[str], list[str]]] = collections.defaultdict(lambda: ([], []))
+    for side, tree in enumerate((live, saved)):
+        for name, child in tree.items():
+            families[isinstance(child, dict), _split(name, automatic)[0]][side].append(name)
+    for (is_folder, _), (here, there) in families.items():
         by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
-        names = dict(zip(*by_number))
+        names: dict[Any, Any] = dict(zip(*by_number))
         if len(here) != len(there) or (is_ordered and [names[name] for name in here] != there):
-            names = {name: name for name in here if name in there}
-        for one, other in names.items():
-            if isinstance(live[one], dict) and isinstance(saved[other], dict):
-                yield from _pair(live[one], saved[other], automatic, is_ordered)
-            elif not isinstance(live[one], dict) and not isinstance(saved[other], dict):
-                yield live[one], saved[other]
-
-
-_Place = tuple[str, str]  # group and path of a variable
+            names = {name: name if name in there else None for name in here}
+        alone = [(None, name) for name in there if name not in names.values()]
+        for one, other in [*names.items(), *alone]:
+            if is_folder:
+                yield from _pair(live.get(one, {}), saved.get(other, {}), automatic, is_ordered)
+            else:
+                yield live.get(one), saved.get(other)
 
 
 def _pair_variables(
     live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]], automatic: Iterable[str], is_ordered: bool
-) -> dict[_Place, _Place]:
-    """{live: saved}. A weight may have changed its group, if its layer was frozen or unfrozen in between."""
+) -> list[tuple[Any, Any]]:
+    """Pairs of live and saved variables, each as (group, spec); None for a variable without a counterpart.
 
-    def tree(groups: Iterable[str], specs: Mapping[str, list[_Spec]], name: Callable[[str], str] = str) -> Any:
-        return _nest({name(spec.path): (group, spec.path) for group in groups for spec in specs.get(group, [])})
+    A weight may have changed its group, if its layer was frozen or unfrozen in between.
+    """
 
-    here, there = tree(_WEIGHTS, live), tree(_WEIGHTS, saved)
-    weights = dict(_pair(here, there, automatic, False))
-    if is_ordered and all(group == other for (group, _), (other, _) in weights.items()):  # no layer was frozen since
-        weights = dict(_pair(here, there, automatic, True))
-    flat = {path.replace("/", "_"): other.replace("/", "_") for (_, path), (_, other) in weights.items()}
+    def tree(specs: Mapping[str, list[_Spec]], groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
+        return _nest({name(spec.path): (group, spec) for group in groups for spec in specs.get(group, [])})
+
+    trees = tree(live, _WEIGHTS), tree(saved, _WEIGHTS)
+    weights = list(_pair(*trees, automatic, False))
+    if is_ordered and all(one[0] == other[0] for one, other in weights if one and other):  # no layer was frozen since
+        weights = list(_pair(*trees, automatic, True))
+    paths = [(one[1].path, other[1].path) for one, other in weights if one and other]
+    flat = {one.replace("/", "_"): other.replace("/", "_") for one, other in paths}
 
     def as_saved(path: str) -> str:  # names of the optimizer's variables contain the paths of the weights
         folder, _, name = path.rpartition("/")
@@ -919,8 +916,7 @@ def _pair_variables(
         cut = next((cut for cut in cuts if name[:cut] in flat), None)
         return path if cut is None else f"{folder}/{flat[name[:cut]]}{name[cut:]}"
 
-    others = tree(_GROUPS[2:], live, as_saved), tree(_GROUPS[2:], saved)
-    return weights | dict(_pair(*others, automatic, False))
+    return weights + list(_pair(tree(live, _GROUPS[2:], as_saved), tree(saved, _GROUPS[2:]), automatic, False))
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
@@ -965,26 +961,24 @@ def _compare(
     `is_ordered` says that the saved variables come in their model's order.
     """
     live = _specs(variables, _values(members.values() for members in variables.values()))
-    pairs = _pair_variables(live, saved, automatic, is_ordered)
-    specs = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
-    unexpected = specs.keys() - pairs.values()
+    saved = {group: saved.get(group, []) for group in variables}
     sources: list[_Source] = []
     differences: list[str] = []
-    for group, members in variables.items():  # weights first: differences in the optimizer mostly follow from theirs
-        for path, shape, dtype in live[group]:
-            place = pairs.get((group, path), (group, ""))
-            other = specs.get(place)
-            if other is None:
-                differences.append(f"{group}: {path!r} is in the model but not in the checkpoint")
-            elif other.shape != shape:
-                differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {shape}")
-            elif strict and other.dtype != dtype:
-                differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {dtype}")
-            else:
-                sources.append(_Source(_array_name(*place), members[path], other))
-        rest = [spec.path for spec in saved.get(group, []) if (group, spec.path) in unexpected]
-        differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for path in rest]
-    return sources, differences
+    for one, other in _pair_variables(live, saved, automatic, is_ordered):
+        group, spec = one or other
+        difference = f"{group}: {spec.path!r} "
+        if other is None:
+            differences.append(f"{difference}is in the model but not in the checkpoint")
+        elif one is None:
+            differences.append(f"{difference}is in the checkpoint but not in the model")
+        elif other[1].shape != spec.shape:
+            differences.append(f"{difference}was saved as {other[1].shape}, the model has {spec.shape}")
+        elif strict and other[1].dtype != spec.dtype:
+            differences.append(f"{difference}was saved as {other[1].dtype}, the model has {spec.dtype}")
+        else:
+            sources.append(_Source(_array_name(other[0], other[1].path), variables[group][spec.path], other[1]))
+    # Weights first: differences in the optimizer mostly follow from theirs.
+    return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
 
 def _listing(lines: list[str]) -> str:
@@ -1955,9 +1949,7 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) -> list[str]:
     """What differs between the assets of a model and the saved ones, in words."""
-    live: dict[str, bytes] = {}
-    with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
-        live = _saved_assets(model)
+    _, live = _described(model)
     if not live or record is None or record.run is None:
         return []
     saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
