@@ -1993,28 +1993,28 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
-def _loadable(step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any) -> keras.Model:
-    """The model of a step, rebuilt from its config. CheckpointError if there is none, or none that says enough."""
+def _loadable(
+    step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any
+) -> tuple[keras.Model, _Variables]:
+    """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
     problem = "another tool wrote it" if record is None else record.model.get("error")
-    if record is not None and problem is None:
-        with _reading(step, path):
-            archive = _read_archive(path, record) if record.run else None
-        try:
-            model = _rebuilt(record, archive, compile, **scope)
-        except Exception as error:
-            error.add_note(
-                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
-                "metrics are custom; or build the model as its script does, and restore it by "
-                "KerasOrbaxCheckpointManager.restore_state()."
-            )
-            raise
-        if model.built:
-            return model
-        problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-    raise CheckpointError(
-        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
-        "does, then call KerasOrbaxCheckpointManager.restore_state()."
-    )
+    if record is None or problem is not None:
+        raise CheckpointError(
+            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+            "does, then call KerasOrbaxCheckpointManager.restore_state()."
+        )
+    with _reading(step, path):
+        archive = _read_archive(path, record) if record.run else None
+    try:
+        model = _rebuilt(record, archive, compile, **scope)
+        return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+    except Exception as error:
+        error.add_note(
+            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
+            "are custom; or build the model as its script does, and restore it by "
+            "KerasOrbaxCheckpointManager.restore_state()."
+        )
+        raise
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
@@ -2660,9 +2660,10 @@ def load_model(
     models: list[keras.Model] = []
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        model = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+        scope = {"custom_objects": custom_objects, "safe_mode": safe_mode}
+        model, variables = _loadable(step, path, record, compile, **scope)
         models[:] = [model]
-        return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
+        return variables, []
 
     _wait_for_saves(directory)
     restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
