@@ -881,11 +881,11 @@ def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: b
             families[isinstance(child, dict), _split(name, automatic)[0]][side].append(name)
     for (is_folder, _), (here, there) in families.items():
         by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
-        names: dict[Any, Any] = dict(zip(*by_number))
-        if len(here) != len(there) or (is_ordered and [names[name] for name in here] != there):
-            names = {name: name if name in there else None for name in here}
-        alone = [(None, name) for name in there if name not in names.values()]
-        for one, other in [*names.items(), *alone]:
+        pairs: list[tuple[Any, Any]] = list(zip(*by_number))
+        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != there):
+            both = dict.fromkeys(here + there)
+            pairs = [(name if name in here else None, name if name in there else None) for name in both]
+        for one, other in pairs:
             if is_folder:
                 yield from _pair(live.get(one, {}), saved.get(other, {}), automatic, is_ordered)
             else:
@@ -907,7 +907,7 @@ def _pair_variables(
     weights = list(_pair(*trees, automatic, False))
     if is_ordered and all(one[0] == other[0] for one, other in weights if one and other):  # no layer was frozen since
         weights = list(_pair(*trees, automatic, True))
-    paths = [(one[1].path, other[1].path) for one, other in weights if one and other]
+    paths = [(one[1].path, other[1].path if other else f"/{one[1].path}") for one, other in weights if one]
     flat = {one.replace("/", "_"): other.replace("/", "_") for one, other in paths}
 
     def as_saved(path: str) -> str:  # names of the optimizer's variables contain the paths of the weights
@@ -966,7 +966,7 @@ def _compare(
     differences: list[str] = []
     for one, other in _pair_variables(live, saved, automatic, is_ordered):
         group, spec = one or other
-        difference = f"{group}: {spec.path!r} "
+        difference = f"{group}: {(other or one)[1].path!r} "
         if other is None:
             differences.append(f"{difference}is in the model but not in the checkpoint")
         elif one is None:
@@ -2660,8 +2660,7 @@ def load_model(
     models: list[keras.Model] = []
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        scope = {"custom_objects": custom_objects, "safe_mode": safe_mode}
-        model, variables = _loadable(step, path, record, compile, **scope)
+        model, variables = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
         models[:] = [model]
         return variables, []
 
