@@ -197,7 +197,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
 _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
     **{kind.__name__: kind for kind in _ARGUMENTS},
     **{kind.__name__: _generator for kind in _GENERATORS},
-    "ndarray": lambda data, dtype, shape: np.ndarray(shape, jax.numpy.dtype(dtype), data).copy(),
+    "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
     "scalar": lambda array: array[()],
     "jax": jax.numpy.asarray,
     "torch": lambda array: sys.modules["torch"].from_numpy(array),
