@@ -162,110 +162,91 @@ class _Position(NamedTuple):
     batches: int | None = None
 
 
-# The types that _pack accepts, by their name in the JSON. _unpack makes no others.
-_SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
-_MAPPINGS = {kind.__name__: kind for kind in (dict, collections.OrderedDict, collections.Counter)}
-_FACTORIES = {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # of a defaultdict
-_DATES = {kind.__name__: kind for kind in (datetime.datetime, datetime.date)}
+_INLINE_BYTES = 2**13  # more are stored outside the JSON
 _OPERATIONS = {"less": keras.ops.less, "greater": keras.ops.greater}  # what "better" means to Keras's callbacks
+_NAMED = _OPERATIONS | {kind.__name__: kind for kind in (bool, int, float, str, list, tuple, set, dict)}  # factories
 _BITS = {kind: getattr(np.random, kind) for kind in ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")}
 _GENERATORS: dict[type, tuple[Callable, Callable]] = {  # how to get and set the states of random generators
     random.Random: (random.Random.getstate, random.Random.setstate),
     np.random.RandomState: (lambda old: old.get_state(legacy=False), np.random.RandomState.set_state),
     np.random.Generator: (lambda old: old.bit_generator.state, lambda new, to: setattr(new.bit_generator, "state", to)),
 }
-_INLINE_BYTES = 2**13  # larger arrays are stored outside the JSON
+
+
+def _generator(kind: str, state: Any) -> Any:
+    """A random generator with this state."""
+    new = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
+    generator = new() if new else np.random.Generator(_BITS[state["bit_generator"]]())
+    _GENERATORS[type(generator)][1](generator, state)
+    return generator
+
+
+# What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
+_ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
+    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
+    **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
+    datetime.timezone: lambda old: [old.utcoffset(None)],
+    collections.Counter: lambda old: [dict(old)],
+    collections.defaultdict: lambda old: [old.default_factory, dict(old)],
+    collections.deque: lambda old: [list(old), old.maxlen],
+    # The dtypes of JAX that numpy does not have, such as bfloat16, are known by name.
+    np.ndarray: lambda old: [old.tobytes(), old.dtype.name if old.dtype.isbuiltin == 2 else old.dtype.str, old.shape],
+    **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
+}
+_MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
+    **{kind.__name__: kind for kind in _ARGUMENTS},
+    **{kind.__name__: _generator for kind in _GENERATORS},
+    "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
+    "scalar": lambda array: array[()],
+    "jax": jax.numpy.asarray,
+    "torch": lambda array: sys.modules["torch"].from_numpy(array),
+    "name": _NAMED.__getitem__,
+}
 
 
 def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
-    """`value` as JSON. Large arrays become indices into `arrays`, to which their .npy bytes are appended.
+    """`value` as JSON. Large arrays become indices into `arrays`, to which their bytes are appended.
 
     TypeError if the value would not come back with the same types, unless `default` converts it.
     """
     pack, kind = functools.partial(_pack, arrays=arrays, default=default), type(value)
     if value is None or kind in (bool, int, float, str):
         return value
-    if kind in _SEQUENCES.values():
-        return {kind.__name__: [pack(item) for item in value]}
-    if kind is collections.deque:
-        return {"deque": [pack(item) for item in value], "maxlen": value.maxlen}
-    if kind in _MAPPINGS.values():
-        return {kind.__name__: [[pack(key), pack(item)] for key, item in value.items()]}
-    if kind is collections.defaultdict and (value.default_factory or dict) in _FACTORIES.values():
-        factory = value.default_factory and value.default_factory.__name__
-        return {"defaultdict": [[pack(key), pack(item)] for key, item in value.items()], "factory": factory}
+    if kind is list:
+        return [pack(item) for item in value]
+    if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
+        arrays.append(np.frombuffer(value, np.uint8))
+        return {"bytes": len(arrays) - 1}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if kind in _DATES.values():
-        return {kind.__name__: value.isoformat()}
-    if kind in _GENERATORS:
-        return {kind.__name__: pack(_GENERATORS[kind][0](value))}
-    if kind is np.ndarray or isinstance(value, (np.generic, jax.Array)):
-        with contextlib.suppress(TypeError, ValueError, RuntimeError):  # objects, keys, parts of other processes
-            return _pack_array(value, arrays)
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # keys, parts of other processes
+        if isinstance(value, (np.generic, jax.Array)):
+            return {"jax" if isinstance(value, jax.Array) else "scalar": [pack(np.asarray(value), default=None)]}
     if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
-        return {"torch": pack(value.detach().cpu().numpy())}
-    for name, operation in _OPERATIONS.items():
-        if value is operation:
-            return {"operation": name}
+        return {"torch": [pack(value.detach().cpu().numpy())]}
+    for name, each in _NAMED.items():
+        if value is each:
+            return {"name": [name]}
+    is_odd = kind is np.ndarray and (value.dtype.kind in "OT" or value.dtype.names)  # not just numbers or texts
+    is_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
+    if kind in _ARGUMENTS and not is_odd and not is_code:
+        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
     if default is not None:
         return pack(default(value), default=None)
     raise TypeError(f"a {kind.__name__} cannot be saved")
 
 
-def _pack_array(value: np.ndarray | np.generic | jax.Array, arrays: list[np.ndarray] | None) -> dict[str, Any]:
-    array, buffer = np.asarray(value), io.BytesIO()
-    if array.dtype.hasobject or array.dtype.kind == "T":
-        raise TypeError("objects")
-    is_foreign = array.dtype.isbuiltin == 2  # bfloat16 and the like, which .npy files do not support
-    np.save(buffer, array.view(f"u{array.itemsize}") if is_foreign else array, allow_pickle=False)
-    data = buffer.getvalue()
-    if arrays is None or len(data) <= _INLINE_BYTES:
-        place: str | int = base64.b64encode(data).decode()
-    else:
-        place = len(arrays)
-        arrays.append(np.frombuffer(data, np.uint8))
-    kind = "jax" if isinstance(value, jax.Array) else "scalar" if isinstance(value, np.generic) else "numpy"
-    return {kind: place, "dtype": array.dtype.name if is_foreign else None}
-
-
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `_pack`."""
-    unpack = functools.partial(_unpack, arrays=arrays)
+    """The inverse of `_pack`. LookupError or ValueError for what `_pack` does not make."""
+    if isinstance(value, list):
+        return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
-    (kind, content), *others = value.items()
-    other = others[0][1] if others else None
-    if kind in _SEQUENCES:
-        return _SEQUENCES[kind](unpack(item) for item in content)
-    if kind in _MAPPINGS:
-        return _MAPPINGS[kind]({unpack(key): unpack(item) for key, item in content})
-    if kind in _DATES:
-        return _DATES[kind].fromisoformat(content)
-    match kind:
-        case "deque":
-            return collections.deque(map(unpack, content), other)
-        case "defaultdict":
-            items = {unpack(key): unpack(item) for key, item in content}
-            return collections.defaultdict(_FACTORIES[other] if other else None, items)
-        case "bytes":
-            return base64.b64decode(content)
-        case "Random" | "RandomState" | "Generator":
-            state = unpack(content)
-            make = {"Random": random.Random, "RandomState": np.random.RandomState}.get(kind)
-            generator = make() if make else np.random.Generator(_BITS[state["bit_generator"]]())
-            _GENERATORS[type(generator)][1](generator, state)
-            return generator
-        case "torch":
-            return sys.modules["torch"].from_numpy(np.array(unpack(content)))
-        case "operation" if content in _OPERATIONS:
-            return _OPERATIONS[content]
-        case "numpy" | "scalar" | "jax":
-            data = base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-            array = array.view(jax.numpy.dtype(other)) if other else array
-            return array if kind == "numpy" else array[()] if kind == "scalar" else jax.numpy.asarray(array)
-    raise ValueError(f"unknown kind of saved value: {kind!r}")
+    [(kind, content)] = value.items()
+    if kind == "bytes":
+        return base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
+    return _MAKERS[kind](*_unpack(content, arrays))
 
 
 def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
@@ -768,9 +749,10 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
             model.optimizer.build(model.trainable_variables)
         members[_GROUPS[2]] = list(model.optimizer.variables)
     paths = {name: [variable.path for variable in variables] for name, variables in members.items()}
+    _check_paths(paths[_WEIGHTS[0]] + paths[_WEIGHTS[1]])
     if optimizer:
         paths[_GROUPS[2]] = _distinct(paths[_GROUPS[2]])
-    _check_paths(paths)
+        _check_paths(paths[_GROUPS[2]])
     groups = {name: dict(zip(paths[name], variables)) for name, variables in members.items()}
     if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
         groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
@@ -779,27 +761,21 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
 
 def _distinct(paths: list[str]) -> list[str]:
     """The paths, with numbers where several are equal: Keras's Adafactor names its variables alike."""
-    counts, seen = collections.Counter(paths), collections.Counter[str]()
-    numbered = []
-    for path in paths:
-        seen[path] += 1
-        numbered.append(f"{path}-{seen[path]}-of-{counts[path]}" if counts[path] > 1 else path)
-    return numbered
+    counts = collections.Counter(paths)
+    numbers = {path: itertools.count(1) for path in counts}
+    return [f"{path}-{next(numbers[path])}-of-{counts[path]}" if counts[path] > 1 else path for path in paths]
 
 
-def _check_paths(groups: Mapping[str, list[str]]) -> None:
+def _check_paths(paths: list[str]) -> None:
     """Raises if two variables would collide in the state tree, or on disk, where "/" becomes "."."""
-    paths = itertools.chain(*groups.values())
+    names = collections.Counter(path.replace("/", ".") for path in paths)
     folders = {path.rsplit("/", depth)[0] for path in paths for depth in range(1, path.count("/") + 1)}
-    weights = collections.Counter(_array_name("", path) for group in _WEIGHTS for path in groups.get(group, ()))
-    for group, members in groups.items():
-        counts = weights if group in _WEIGHTS else collections.Counter(_array_name("", path) for path in members)
-        for path in members:
-            if counts[_array_name("", path)] > 1 or path in folders:
-                raise ValueError(
-                    f"Two of the model's {group} have the path {path!r}, or one that differs only in '.' and '/': a "
-                    "checkpoint could not tell them apart. Give their layers different names (name=...)."
-                )
+    for path in paths:
+        if names[path.replace("/", ".")] > 1 or path in folders:
+            raise ValueError(
+                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
+                "checkpoint could not tell them apart. Give their layers different names (name=...)."
+            )
 
 
 def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Array], ...]:
@@ -846,71 +822,61 @@ def _automatic_names(model: keras.Model) -> set[str]:
     return stems
 
 
-def _canonical(paths: Iterable[str], automatic: Iterable[str], is_ordered: bool) -> dict[str, str]:
-    """{canonical path: path}. In canonical paths, Keras's own numbers are replaced by "rank of count" among siblings.
+def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
+    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
+    stem, number = _NUMBER.sub("", name), _NUMBER.search(name)
+    return (stem, int(number[1]) if number else 0) if stem in automatic else (name, 0)
 
-    Keras counts up as layers are created, so the order of the numbers is the order of creation. With `is_ordered`,
-    paths are equal only if these ranks come in the same order too; otherwise the user has given some of the numbers.
+
+def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool) -> Iterator[tuple[Any, Any]]:
+    """Pairs the leaves of two trees by name, up to Keras's own numbers; those without a counterpart with None.
+
+    Keras counts up as layers are created, so names that differ only in its numbers are paired in the order of the
+    numbers. If this changes the order in which they come (only looked at with `is_ordered`), or if one tree has more
+    of them, the user has given some of the numbers, or the models differ: then they are paired by name alone.
     """
-    ends = {path: list(itertools.accumulate(path.split("/"), "{}/{}".format)) for path in paths}  # a, a/b, a/b/c
-    names, siblings = {}, collections.defaultdict(list)
-    for place in dict.fromkeys(itertools.chain(*ends.values())):
-        folder, _, names[place] = place.rpartition("/")
-        number = _NUMBER.search(place)
-        if (stem := _NUMBER.sub("", names[place])) in automatic:
-            siblings[folder, stem].append((int(number[1]) if number else 0, place))
-    for (_, stem), members in siblings.items():
-        ranks = {place: rank for rank, (_, place) in enumerate(sorted(members))}
-        order = zlib.crc32(str([ranks[place] for _, place in members]).encode()) if is_ordered else ""
-        names |= {place: f"{stem} {rank} of {len(members)} {order}" for place, rank in ranks.items()}
-    return {"/".join(names[place] for place in places): path for path, places in ends.items()}
-
-
-def _pair_paths(
-    live: Sequence[str], saved: Sequence[str], automatic: Iterable[str], is_ordered: bool = False
-) -> dict[str, str]:
-    """{live path: saved path}, matched up to Keras's own numbers first, then exactly."""
-    here, there = (_canonical(paths, automatic, is_ordered) for paths in (live, saved))
-    pairs = {path: there[name] for name, path in here.items() if name in there}
-    rest = set(saved).difference(pairs.values())
-    return pairs | {path: path for path in live if path in rest and path not in pairs}
-
-
-def _pair_optimizer(live: Iterable[str], saved: Sequence[str], weights: Mapping[str, str], automatic: Any) -> dict:
-    """{live path: saved path} of the optimizer's variables, whose names contain the paths of the weights."""
-    flat = {path.replace("/", "_"): other.replace("/", "_") for path, other in weights.items()}
-
-    def as_saved(path: str) -> str:
-        folder, _, name = path.rpartition("/")
-        for cut in (match.start() for match in reversed(list(re.finditer("_", name)))):
-            if name[:cut] in flat:
-                return f"{folder}/{flat[name[:cut]]}{name[cut:]}"
-        return path
-
-    renamed = {as_saved(path): path for path in live}
-    return {renamed[path]: other for path, other in _pair_paths(list(renamed), saved, automatic).items()}
-
-
-_Place = tuple[str, str]  # group and path of a variable
+    families: dict[Any, tuple[list[str], list[str]]] = collections.defaultdict(lambda: ([], []))
+    for side, tree in enumerate((live, saved)):
+        for name, child in tree.items():
+            families[isinstance(child, dict), _split(name, automatic)[0]][side].append(name)
+    for (is_folder, _), (here, there) in families.items():
+        by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
+        pairs: list[tuple[Any, Any]] = list(zip(*by_number))
+        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != there):
+            both = dict.fromkeys(here + there)
+            pairs = [(name if name in here else None, name if name in there else None) for name in both]
+        for one, other in pairs:
+            if is_folder:
+                yield from _pair(live.get(one, {}), saved.get(other, {}), automatic, is_ordered)
+            else:
+                yield live.get(one), saved.get(other)
 
 
 def _pair_variables(
-    live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool
-) -> dict[_Place, _Place]:
-    """{live: saved}. A weight may have changed its group, if its layer was frozen or unfrozen in between."""
-    groups = {spec.path: group for group in _WEIGHTS for spec in saved.get(group, [])}
-    here, there = ([s.path for group in _WEIGHTS for s in specs.get(group, [])] for specs in (live, saved))
-    weights = _pair_paths(here, there, automatic)
-    places = [(group, s.path) for group in _WEIGHTS for s in live.get(group, [])]
-    if is_ordered and all(groups[weights[path]] == group for group, path in places if path in weights):
-        weights = _pair_paths(here, there, automatic, is_ordered)  # nothing was frozen or unfrozen
-    here, there = ([s.path for s in specs.get(_GROUPS[2], [])] for specs in (live, saved))
-    optimizer = _pair_optimizer(here, there, weights, automatic)
-    return (
-        {(group, path): (groups[weights[path]], weights[path]) for group, path in places if path in weights}
-        | {(_GROUPS[2], path): (_GROUPS[2], other) for path, other in optimizer.items()}
-        | {(_GROUPS[3], s.path): (_GROUPS[3], s.path) for s in live.get(_GROUPS[3], [])}
-    )
+    live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]], automatic: Iterable[str], is_ordered: bool
+) -> list[tuple[Any, Any]]:
+    """Pairs of live and saved variables, each as (group, spec); None for a variable without a counterpart.
+
+    A weight may have changed its group, if its layer was frozen or unfrozen in between.
+    """
+
+    def tree(specs: Mapping[str, list[_Spec]], groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
+        return _nest({name(spec.path): (group, spec) for group in groups for spec in specs.get(group, [])})
+
+    trees = tree(live, _WEIGHTS), tree(saved, _WEIGHTS)
+    weights = list(_pair(*trees, automatic, False))
+    if is_ordered and all(one[0] == other[0] for one, other in weights if one and other):  # no layer was frozen since
+        weights = list(_pair(*trees, automatic, True))
+    paths = [(one[1].path, other[1].path if other else f"/{one[1].path}") for one, other in weights if one]
+    flat = {one.replace("/", "_"): other.replace("/", "_") for one, other in paths}
+
+    def as_saved(path: str) -> str:  # names of the optimizer's variables contain the paths of the weights
+        folder, _, name = path.rpartition("/")
+        cuts = (match.start() for match in reversed(list(re.finditer("_", name))))
+        cut = next((cut for cut in cuts if name[:cut] in flat), None)
+        return path if cut is None else f"{folder}/{flat[name[:cut]]}{name[cut:]}"
+
+    return weights + list(_pair(tree(live, _GROUPS[2:], as_saved), tree(saved, _GROUPS[2:]), automatic, False))
 
 
 def _train_state(model: keras.Model) -> tuple[list[keras.Variable], ...]:
@@ -955,27 +921,22 @@ def _compare(
     `is_ordered` says that the saved variables come in their model's order.
     """
     live = _specs(variables, _values(members.values() for members in variables.values()))
-    pairs = _pair_variables(live, saved, automatic, is_ordered)
-    places = {(group, spec.path): spec for group in variables for spec in saved.get(group, [])}
-    taken = set(pairs.values())
-    unexpected = [place for place in places if place not in taken]
+    saved = {group: saved.get(group, []) for group in variables}
     sources: list[_Source] = []
     differences: list[str] = []
-    for group, path, spec in ((group, spec.path, spec) for group, specs in live.items() for spec in specs):
-        place = pairs.get((group, path), (group, ""))
-        other = places.get(place)
+    for one, other in _pair_variables(live, saved, automatic, is_ordered):
+        group, spec = one or other
+        difference = f"{group}: {(other or one)[1].path!r} "
         if other is None:
-            alike = [name for where, name in unexpected if where == group and places[where, name].shape == spec.shape]
-            near = difflib.get_close_matches(path, alike, n=1) if len(differences) < 10 else []
-            hint = f", where {near[0]!r} comes nearest" if near else ""
-            differences.append(f"{group}: {path!r} is in the model but not in the checkpoint{hint}")
-        elif other.shape != spec.shape:
-            differences.append(f"{group}: {other.path!r} was saved as {other.shape}, the model has {spec.shape}")
-        elif strict and other.dtype != spec.dtype:
-            differences.append(f"{group}: {other.path!r} was saved as {other.dtype}, the model has {spec.dtype}")
+            differences.append(f"{difference}is in the model but not in the checkpoint")
+        elif one is None:
+            differences.append(f"{difference}is in the checkpoint but not in the model")
+        elif other[1].shape != spec.shape:
+            differences.append(f"{difference}was saved as {other[1].shape}, the model has {spec.shape}")
+        elif strict and other[1].dtype != spec.dtype:
+            differences.append(f"{difference}was saved as {other[1].dtype}, the model has {spec.dtype}")
         else:
-            sources.append(_Source(_array_name(*place), variables[group][path], other))
-    differences += [f"{group}: {path!r} is in the checkpoint but not in the model" for group, path in unexpected]
+            sources.append(_Source(_array_name(other[0], other[1].path), variables[group][spec.path], other[1]))
     # Weights first: differences in the optimizer mostly follow from theirs.
     return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
@@ -1852,22 +1813,19 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
         with _serialization(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about lambdas: load_model() refuses them
             config: Any = keras.saving.serialize_keras_object(model)
-            policy = keras.saving.serialize_keras_object(model.dtype_policy)
-            lora = {str(place): of for place, layer in enumerate(_layers(model)) if (of := _lora(layer))}
-            ids = {id(variable) for variable in model.trainable_variables}
-            trainable = [id(variable) in ids for variable in model.variables]
-            # All missing from the configs of enclosing layers.
-            layers = [layer.trainable for layer in _layers(model)]
-            config |= {"dtype_policy": policy, "lora": lora, "trainable": trainable, "trainable_layers": layers}
+            # All of these are missing from the configs of enclosing layers.
+            config["dtype_policy"] = keras.saving.serialize_keras_object(model.dtype_policy)
+            config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
+            config["variables"] = [[variable.path, variable.trainable] for variable in model.variables]
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
 
 
-def _lora(layer: keras.layers.Layer) -> list[Any]:
-    """Rank and alpha of a layer's LoRA; empty if it is not enabled."""
-    enabled = getattr(layer, "lora_enabled", False) and hasattr(layer, "enable_lora")
-    return [layer.lora_rank, getattr(layer, "lora_alpha", layer.lora_rank)] if enabled else []
+def _lora(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The arguments with which LoRA was enabled in a layer; empty if it was not."""
+    alpha = {"lora_alpha": layer.lora_alpha} if hasattr(layer, "lora_alpha") else {}  # new in Keras 3.11
+    return {"rank": layer.lora_rank, **alpha} if getattr(layer, "lora_enabled", False) else {}
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
@@ -1884,14 +1842,11 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) -> list[str]:
     """What differs between the assets of a model and the saved ones, in words."""
-    live: dict[str, bytes] = {}
-    with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
-        live = _saved_assets(model)
+    _, live = _described(model)
     if not live or record is None or record.run is None:
         return []
-    archive = _read_archive(path, record)
-    saved = {name: archive.read(f"assets/{name}") for name in live if f"assets/{name}" in archive.namelist()}
-    other = {name.partition("/")[0] for name in live if live[name] != saved.get(name)}
+    saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
+    other = {name.split("/")[0] for name, file in live.items() if zlib.crc32(file) != saved.get(f"assets/{name}")}
     names = [layer.name for place, layer in enumerate(_layers(model)) if str(place) in other]
     return [f"assets: those of layer {name!r}, such as a vocabulary, differ from the saved ones" for name in names]
 
@@ -1903,21 +1858,17 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        for place, (rank, alpha) in record.model["lora"].items():
-            layer = _layers(model)[int(place)]
-            if not layer.lora_enabled:
-                layer.enable_lora(rank, **({"lora_alpha": alpha} if alpha != rank else {}))  # new in Keras 3.11
-        for layer, is_trainable in zip(_layers(model), record.model["trainable_layers"]):
-            if layer.trainable != is_trainable:
-                layer.trainable = is_trainable
-        # Unlike that of the groups, the order of model.variables does not depend on what is frozen.
-        variables, trainable = model.variables, record.model["trainable"]
-        paths = {group: iter(record.variables[group]) for group in _WEIGHTS}
-        saved = [next(paths[_WEIGHTS[not is_trainable]]).path for is_trainable in trainable]
-        for live, place in _pair_ends([variable.path for variable in variables], saved).items():
-            _rename(variables[live], saved[place])
-            if variables[live].trainable != trainable[place]:
-                variables[live].trainable = trainable[place]
+        for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"]):
+            if lora and not layer.lora_enabled:
+                layer.enable_lora(**lora)
+            layer.trainable = is_trainable
+        # The layers come in the same order; variables within a layer may not, but have the same names.
+        live = sorted(model.variables, key=lambda variable: _last_name(variable.path))
+        saved = sorted(record.model["variables"], key=lambda variable: _last_name(variable[0]))
+        if [_last_name(variable.path) for variable in live] == [_last_name(path) for path, _ in saved]:
+            for variable, (path, is_trainable) in zip(live, saved):
+                variable.trainable = is_trainable
+                _rename(variable, path)
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
     assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
@@ -1930,33 +1881,40 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
     return model
 
 
-def _pair_ends(live: Sequence[str], saved: Sequence[str]) -> dict[int, int]:
-    """{live index: saved index} of the paths of two models with the same config.
+def _last_name(path: str) -> str:
+    """The name of a variable in its layer, without the number if Keras has made it up."""
+    return _split(path.rpartition("/")[2], ("variable",))[0]
 
-    Their layers come in the same order, but with other numbers. Variables within a layer may come in another order,
-    and are then told apart by their names.
-    """
-    pairs: dict[int, int] = {}
-    for length in (2, 1):  # how many names at the end of the paths must agree
-        ends: dict[Any, tuple[list[int], list[int]]] = collections.defaultdict(lambda: ([], []))
-        for side, (paths, paired) in enumerate(((live, set(pairs)), (saved, set(pairs.values())))):
-            for place in sorted(set(range(len(paths))) - paired):
-                names = paths[place].split("/")[-length:]
-                ends[tuple(_NUMBER.sub("", name) for name in names)][side].append(place)
-        for here, there in ends.values():
-            if len(here) == len(there):
-                pairs.update(zip(here, there))
-    return pairs
+
+def _loadable(
+    step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any
+) -> tuple[keras.Model, _Variables]:
+    """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
+    problem = "another tool wrote it" if record is None else record.model.get("error")
+    if record is None or problem is not None:
+        raise CheckpointError(
+            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+            "does, then call KerasOrbaxCheckpointManager.restore_state()."
+        )
+    with _reading(step, path):
+        archive = _read_archive(path, record) if record.run else None
+    try:
+        model = _rebuilt(record, archive, compile, **scope)
+        return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+    except Exception as error:
+        error.add_note(
+            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
+            "are custom; or build the model as its script does, and restore it by "
+            "KerasOrbaxCheckpointManager.restore_state()."
+        )
+        raise
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
     """Names of layers whose own `save_own_variables` saves more than their variables."""
-    plain = keras.layers.Layer.save_own_variables
-    own = [layer for layer in _layers(model) if type(layer).save_own_variables is not plain]
     names = []
-    for layer in own:
-        definer = next(cls for cls in type(layer).__mro__ if "save_own_variables" in vars(cls))
-        if definer.__module__.partition(".")[0] not in ("keras", "keras_hub"):
+    for layer in _layers(model):
+        if not layer.save_own_variables.__module__.startswith(("keras.", "keras_hub.")):
             stored: dict[str, Any] = {}
             layer.save_own_variables(stored)
             known = [np.asarray(variable.value) for variable in layer.variables]
@@ -2600,28 +2558,9 @@ def load_model(
     models: list[keras.Model] = []
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        problem = "another tool wrote it" if record is None else record.model.get("error")
-        if problem is None:
-            assert record is not None
-            with _reading(step, path):
-                archive = _read_archive(path, record) if record.run else None
-            try:
-                model = _rebuilt(record, archive, compile, custom_objects=custom_objects, safe_mode=safe_mode)
-            except Exception as error:
-                error.add_note(
-                    "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss "
-                    "or metrics are custom; or build the model as its script does, and restore it by "
-                    "KerasOrbaxCheckpointManager.restore_state()."
-                )
-                raise
-            if model.built:
-                models[:] = [model]
-                return _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None), []
-            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-        raise CheckpointError(
-            f"Step {step} in {directory} cannot be loaded without its code: {problem}. Build the model as "
-            "its script does, then call KerasOrbaxCheckpointManager.restore_state()."
-        )
+        model, variables = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
+        models[:] = [model]
+        return variables, []
 
     _wait_for_saves(directory)
     restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)

@@ -1592,7 +1592,6 @@ def states():  # a function, because processes are forked from this module, in w
         "bfloat16": np.arange(6).astype(jax.numpy.bfloat16).reshape(2, 3), "big-endian": np.arange(3, dtype=">i4"),
         "columns": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "empty": np.zeros((0, 3)),
         "no axes": np.array(2.5), "scalar": np.float32(0.1),
-        "structured": np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
     }  # fmt: skip
 
 
@@ -1659,6 +1658,10 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
     with pytest.raises(TypeError, match=r"attribute '.*' of stateful\[0\] \(CSVLogger\) cannot be saved"):
         fit(model, 1, logger, callback(model, tmp_path / "new", stateful=[logger]))
     logger.csv_file.close()
+    for odd in (np.zeros(2, "i4, f8"), collections.defaultdict(lambda: 1), [np.array([object()])]):
+        vars(member := keras.callbacks.Callback())["odd"] = odd
+        with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"):
+            callback(model, tmp_path / "new", stateful=[member])
     assert_equal(values(model), before)
     fit(model, 1, patience, callback(model, tmp_path / "ckpt", stateful=[patience]))
     message = r"saved with stateful=\['EarlyStopping'\], but now stateful=\["
@@ -2821,9 +2824,6 @@ def test_names_that_the_user_gave_are_matched_by_name_alone(tmp_path):
         restore(model, tmp_path, strict=False)
     assert_equal(model.get_layer("block_2").get_weights(), saved.get_layer("block_2").get_weights())
     assert_equal(model.get_layer("block_3").get_weights(), before)
-    nearest = "'.*block_22/kernel' is in the model but.*, where '.*block_2/kernel' comes nearest"
-    with pytest.raises(CheckpointMismatchError, match=nearest):
-        restore(blocks_named("block_1", "block_22"), tmp_path)
 
 
 def frozen(*which):
@@ -3334,9 +3334,10 @@ def test_what_tensorstore_says_of_a_failing_disk_is_not_damage():
 
 def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
     assert orbax_keras_ckpt._unpack(orbax_keras_ckpt._pack(keras.ops.less)) is keras.ops.less
-    operations = [{"operation": name} for name in ("__builtins__", "exp", "os")]
-    others = [{"generator": "BitGenerator", "state": {}}, {"defaultdict": [], "factory": "eval"}, {"type": "object"}]
-    for packed in (*operations, *others):
+    code = [{"name": [name]} for name in ("__builtins__", "exp", "os")]
+    bits = {"dict": [[["bit_generator", "BitGenerator"]]]}
+    pointers = {"ndarray": [{"bytes": "AAAAAAAAAAA="}, "O", [1]]}  # NumPy would take these bytes for addresses
+    for packed in (*code, {"Generator": ["Generator", bits]}, {"type": ["object"]}, {"eval": ["1"]}, pointers):
         with pytest.raises((KeyError, ValueError)):
             orbax_keras_ckpt._unpack(packed)
 
