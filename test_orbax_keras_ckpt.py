@@ -1460,15 +1460,19 @@ def test_bucket_serves_as_a_directory_does():
         server.wait()
 
 
-def test_folders_of_the_user_that_are_named_like_parts_of_a_step_are_left_alone(tmp_path):
-    for name in ("1/run/thesis.txt", "2/metrics/a.csv", "7/default/notes.txt"):
+def test_folders_of_the_user_are_left_alone_whatever_their_names_and_refused_where_a_step_goes(tmp_path, model):
+    for name in ("1/run/thesis.txt", "2/metrics/a.csv", "4/notes.txt", "7/default/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("mine")
-    save(dense_model(), tmp_path / "3/run", 0, 1)
+    save(model, tmp_path / "3/run", 0, 1)
+    save(model, tmp_path / "0")
     before = contents(tmp_path)
-    manager = save(dense_model(), tmp_path, 5)
-    assert manager.restore_state() == 5
-    assert before.items() <= contents(tmp_path).items() and names(tmp_path) == ["1", "2", "3", "5", "7"]
+    manager = save(model, tmp_path, 5, 6, max_to_keep=1)
+    assert manager.restore_state() == 6
+    assert before.items() <= contents(tmp_path).items() and names(tmp_path) == ["0", "1", "2", "3", "4", "6", "7"]
+    message = "Saving step 7 .*/7 is in the way, and is not a checkpoint"
+    with unchanged(model, tmp_path), pytest.raises(CheckpointError, match=message):
+        manager.save_state(7)
 
 
 # -------------------------------------------------------------------------------------------- P4: the rest of the run
@@ -1505,6 +1509,16 @@ def states():  # a function, because processes are forked from this module, in w
     }  # fmt: skip
 
 
+@dataclasses.dataclass
+class Member(keras.callbacks.Callback):
+    """Has no hash, as every dataclass that can be compared."""
+
+    seen: int = 0
+
+    def __post_init__(self):
+        super().__init__()
+
+
 def assert_same(one, other):
     assert type(one) is type(other)
     if isinstance(one, (np.ndarray, np.generic, jax.Array)):
@@ -1515,7 +1529,7 @@ def assert_same(one, other):
 
 def test_states_of_callbacks_come_back_with_the_same_types_and_values_unless_the_script_has_changed_them(tmp_path):
     def run(directory, script):
-        model, member = dense_model(), keras.callbacks.Callback()
+        model, member = dense_model(), Member()
         vars(member).update(copy.deepcopy(script))
         change = on(on_epoch_end=lambda epoch, logs: vars(member).update(states()))
         fit(model, 1, callback(model, directory, stateful=[member]), member, change)
@@ -1559,6 +1573,9 @@ def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_mak
     for name, state in (("many", many), ("small", small)):
         keep(tmp_path / name, state)
         assert_same(keep(tmp_path / name)[1], state)
+    keep(tmp_path / "generators", [random.Random(1), np.random.RandomState(2)])
+    python, legacy = keep(tmp_path / "generators")[1]
+    assert [python.random(), legacy.random()] == [random.Random(1).random(), np.random.RandomState(2).random()]
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
 
 
@@ -1569,6 +1586,11 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
         fit(model, 1, logger, callback(model, tmp_path / "new", stateful=[logger]))
     logger.csv_file.close()
     assert_equal(values(model), before)
+    member = Member()
+    spoil = on(on_epoch_end=lambda epoch, logs: epoch and setattr(member, "parts", [object()]))
+    with pytest.raises(TypeError, match=r"attribute 'parts' of stateful\[0\] \(Member\) cannot be saved"):
+        fit(model, 3, callback(model, tmp_path / "spoiled", stateful=[member]), member, spoil)
+    assert names(tmp_path / "spoiled") == ["0"]  # earlier saves stay
     fit(model, 1, patience, callback(model, tmp_path / "ckpt", stateful=[patience]))
     message = r"saved with stateful=\['EarlyStopping'\], but now stateful=\["
     for given in ([], [keras.callbacks.ReduceLROnPlateau("loss")]):
@@ -1638,26 +1660,36 @@ def test_resumable_goes_on_at_the_first_batch_that_was_not_trained_on(kind, numb
     assert_equal(run(places, tmp_path), run([None]))
 
 
-def test_resumable_serves_two_fits_of_one_process(tmp_path):
-    def script(epochs, batches, *callbacks):
-        options = {"steps_per_epoch": 3, "verbose": 0, "shuffle": False}
-        model.fit(batches, epochs=epochs, callbacks=list(callbacks), **options)
+def test_resumable_serves_two_fits_and_starts_an_iterator_that_is_used_again_from_its_own_beginning(tmp_path):
+    def begin(*directory):
+        seed(3)
+        model = dense_model()
+        return model, *(callback(model, each, save_freq=1) for each in directory)
+
+    def train(model, batches, epochs, *callbacks):
+        model.fit(batches, epochs=epochs, steps_per_epoch=3, verbose=0, shuffle=False, callbacks=list(callbacks))
         return values(model)
 
-    seed(3)
-    model = dense_model()
-    expected = script(4, over_and_over(Draws))
-    seed(3)
-    model = dense_model()
-    checkpoint = callback(model, tmp_path)
+    expected = train(*begin(), over_and_over(Draws), 4)
+    model, checkpoint = begin(tmp_path / "two fits")
     batches = checkpoint.resumable(Draws())
-    script(2, batches, checkpoint)
-    script(3, batches, checkpoint)
-    assert_equal(script(4, checkpoint.resumable(Draws()), checkpoint), expected)  # anew
+    train(model, batches, 2, checkpoint)
+    train(model, batches, 3, checkpoint)
+    assert_equal(train(model, checkpoint.resumable(Draws()), 4, checkpoint), expected)  # anew
+    iterator = Draws()
+    model, checkpoint = begin(tmp_path / "again")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train(model, checkpoint.resumable(iterator), 4, checkpoint, At((1, "train", 1), fail))
+    model, checkpoint = begin(tmp_path / "again")
+    assert_equal(train(model, checkpoint.resumable(iterator), 4, checkpoint), expected)
 
 
 def test_resumable_refuses_what_it_cannot_follow(tmp_path, model):
-    checkpoint, options = callback(model, tmp_path), {"verbose": 0, "shuffle": False}
+    def train(batches, steps=None):
+        model.fit(batches, steps_per_epoch=steps, verbose=0, shuffle=False, callbacks=[checkpoint])
+
+    checkpoint, empty = callback(model, tmp_path), Draws()
+    empty.next_index = 5
     for data in (iter([]), [1], object(), X):
         with pytest.raises(TypeError, match="give an iterator with get_state and set_state"):
             checkpoint.resumable(data)
@@ -1668,30 +1700,15 @@ def test_resumable_refuses_what_it_cannot_follow(tmp_path, model):
     with unchanged(model, tmp_path), pytest.raises(ValueError, match="what it returned was not passed to fit"):
         fit(model, 1, checkpoint)
     with unchanged(model, tmp_path), pytest.raises(ValueError, match="steps_per_epoch was not"):
-        model.fit(batches, callbacks=[checkpoint], **options)
-    model.fit(checkpoint.resumable(Draws()), steps_per_epoch=3, callbacks=[checkpoint], **options)
+        train(batches)
+    with unchanged(model, tmp_path), pytest.raises(ValueError, match=r"resumable\(Draws\): it is empty"):
+        train(checkpoint.resumable(empty), 3)
+    train(checkpoint.resumable(Draws()), 3)
     with pytest.raises(CheckpointMismatchError, match=r"fit read checkpoint.resumable\(data\) then"):
         fit(model, 2, callback(model, tmp_path))
-
-
-@dataclasses.dataclass
-class Counting(keras.callbacks.Callback):
-    """Has no hash, as every dataclass that can be compared."""
-
-    seen: int = 0
-
-    def __post_init__(self):
-        super().__init__()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.seen += 1
-
-
-def test_callback_that_is_a_dataclass_comes_back(tmp_path):
-    for epochs in (1, 3):
-        counting, model = Counting(), dense_model()
-        fit(model, epochs, counting, callback(model, tmp_path, stateful=[counting]))
-        assert counting.seen == epochs
+    checkpoint = callback(model, tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"trained on 4 batches, but resumable\(Draws\) has given only [23]"):
+        train((batch for batch in checkpoint.resumable(Draws()) for _ in range(2)), 4)
 
 
 def test_callback_that_was_used_before_comes_back_as_in_a_new_process(tmp_path):
@@ -1714,53 +1731,6 @@ def test_callback_that_was_used_before_comes_back_as_in_a_new_process(tmp_path):
             run(tmp_path / "again", used, place=place)
     shutil.copytree(tmp_path / "again", tmp_path / "new process")
     assert run(tmp_path / "again", used) == run(tmp_path / "new process", stopping()) == expected
-
-
-def test_iterator_that_is_used_again_starts_over_from_its_own_beginning(tmp_path):
-    def run(directory, iterator, *others):
-        seed(3)
-        model = dense_model()
-        checkpoint = callback(model, directory, save_freq=1)
-        options = {"steps_per_epoch": 4, "epochs": 3, "shuffle": False, "verbose": 0}
-        model.fit(checkpoint.resumable(iterator), callbacks=[checkpoint, *others], **options)
-        return values(model)
-
-    iterator = Draws()
-    with pytest.raises(RuntimeError, match="on purpose"):
-        run(tmp_path / "again", iterator, At((0, "train", 3), fail))
-    assert_equal(run(tmp_path / "again", iterator), run(tmp_path / "at once", Draws()))
-
-
-def test_generators_of_python_and_numpy_in_objects_come_back(tmp_path):
-    keep(tmp_path, [random.Random(1), np.random.RandomState(2)])
-    python, legacy = keep(tmp_path)[1]
-    assert [python.random(), legacy.random()] == [random.Random(1).random(), np.random.RandomState(2).random()]
-
-
-def test_state_that_can_be_saved_no_more_is_named_and_earlier_saves_stay(tmp_path):
-    model, member = dense_model(), keras.callbacks.Callback()
-    member.parts = [1]
-
-    def spoil(epoch, logs=None):
-        if epoch == 1:
-            member.parts = [object()]
-
-    with pytest.raises(TypeError, match=r"attribute 'parts' of stateful\[0\] \(Callback\) cannot be saved"):
-        fit(model, 3, callback(model, tmp_path, stateful=[member]), member, on(on_epoch_end=spoil))
-    assert names(tmp_path) == ["0"]
-
-
-def test_resumable_says_that_its_data_is_empty_or_that_fit_trains_on_other_batches(tmp_path):
-    model = dense_model()
-    options = {"steps_per_epoch": 4, "verbose": 0, "shuffle": False}
-    checkpoint, empty = callback(model, tmp_path / "empty"), Draws()
-    empty.next_index = 5
-    with pytest.raises(ValueError, match=r"resumable\(Draws\): it is empty"):
-        model.fit(checkpoint.resumable(empty), callbacks=[checkpoint], **options)
-    checkpoint = callback(model, tmp_path / "twice")
-    twice = (batch for batch in checkpoint.resumable(Draws()) for _ in range(2))
-    with pytest.raises(ValueError, match=r"trained on 4 batches, but resumable\(Draws\) has given only [23]"):
-        model.fit(twice, callbacks=[checkpoint], **options)
 
 
 # ---------------------------------------------------------------------------------------------- P5: no silent miss
@@ -3095,21 +3065,6 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     assert share < 0.06
     said = re.search(r"Saved (\d+) times, which took (.*)% of the time", capsys.readouterr().out)
     assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
-
-
-def test_saves_leave_folders_of_the_user_alone_although_numbers_are_their_names(tmp_path, model):
-    save(model, tmp_path / "1")
-    (tmp_path / "3").mkdir()
-    (tmp_path / "3/notes.txt").write_text("mine")
-    before = [contents(tmp_path / place) for place in ("1", "3")]
-    fit(model, 2, callback(model, tmp_path, 1, save_freq=4))
-    assert names(tmp_path) == ["1", "3", "8"]
-    assert [contents(tmp_path / place) for place in ("1", "3")] == before
-    (tmp_path / "3").rename(tmp_path / "9")
-    manager = KerasOrbaxCheckpointManager(model, tmp_path)
-    message = "Saving step 9 .*/9 is in the way, and is not a checkpoint"
-    with unchanged(model, tmp_path), pytest.raises(CheckpointError, match=message):
-        manager.save_state(9)
 
 
 def test_manager_that_only_reads_says_that_its_directory_is_missing(model, tmp_path):
