@@ -3085,18 +3085,6 @@ def test_command_line_lists_the_steps_of_a_run_and_finds_what_is_damaged(tmp_pat
     assert (directory / "1").is_dir()
 
 
-def test_command_line_is_the_file_or_the_module_whatever_the_settings_are(trained, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "KERAS_BACKEND"}
-    for how, directory, code in (
-        (["orbax_keras_ckpt.py"], trained[1], 0),
-        (["-m", "orbax_keras_ckpt"], tmp_path, 2),
-    ):
-        command = [sys.executable, *how, str(directory)]
-        done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
-        assert done.returncode == code and ("newest" in done.stdout) == (code == 0)
-        assert done.stderr.startswith("There is no checkpoint in") if code else not done.stderr
-
-
 def test_command_line_reads_checkpoints_of_others(tmp_path):
     fit(model := dense_model(), 1)
     GuidesCallback(model, tmp_path).on_epoch_end(3)
@@ -3224,19 +3212,19 @@ def run_readme(command, tmp_path, **variables):
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
 
-def test_readme_example_trains_once_and_then_says_that_nothing_is_left(tmp_path):
-    (tmp_path / "train.py").write_text(EXAMPLE.replace("/tmp/", f"{tmp_path}/"))
-    first, second = [run_readme([sys.executable, "train.py"], tmp_path).stdout for _ in range(2)]
-    assert "Save Orbax checkpoint on_epoch_end." in first and "Nothing left" not in first
-    assert "Nothing left to train" in second and "Save Orbax" not in second
+def test_readme_command_lists_what_the_example_has_saved_and_the_example_has_a_line_about_the_backend(tmp_path):
+    example = EXAMPLE.replace("/tmp/", f"{tmp_path}/")
+    exec(example, {})
     (command,) = re.findall("python (orbax_keras_ckpt.py /tmp/my_run --verify)", README)
-    command = [sys.executable, *command.replace("/tmp", str(tmp_path)).split()]
-    listed = run_readme([command[0], HERE / command[1], *command[2:]], tmp_path).stdout
-    assert re.findall(r"(?m)^(\d+) +\d+ +end ", listed) == ["7", "8", "9"]
-    assert listed.endswith("All arrays are intact.\n")
+    file, *arguments = command.replace("/tmp", str(tmp_path)).split()
+    listed = run_readme([sys.executable, HERE / file, *arguments], tmp_path)
+    assert re.findall(r"(?m)^(\d+) +\d+ +end ", listed.stdout) == ["7", "8", "9"]
+    assert listed.stdout.endswith("All arrays are intact.\n") and (listed.returncode, listed.stderr) == (0, "")
+    empty = run_readme([sys.executable, "-m", "orbax_keras_ckpt", str(tmp_path)], HERE)
+    assert empty.returncode == 2 and not empty.stdout and empty.stderr.startswith("There is no checkpoint in")
     line = EXAMPLE.splitlines()[1]  # without which Keras asks for TensorFlow
     assert line.startswith('os.environ["KERAS_BACKEND"] = "jax"') and "TensorFlow" in line
-    (tmp_path / "train.py").write_text(EXAMPLE.replace(line, ""))
+    (tmp_path / "train.py").write_text(example.replace(line, ""))
     if not importlib.util.find_spec("tensorflow"):
         assert "No module named 'tensorflow'" in run_readme([sys.executable, "train.py"], tmp_path).stderr
 
@@ -3343,16 +3331,15 @@ def test_readme_names_what_is_patched_and_fit_takes_it_back(tmp_path, model):
     assert [kind for kind, attributes in before.items() if dict(vars(kind)) != attributes] == []
 
 
-# What stands in for a scheduler. It sends SIGTERM to what it runs, once, when that has trained three epochs.
-STUBS = {  # what stands in for a scheduler, which signals the process that it has started
+STUBS = {  # what stands in for a scheduler
     "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
     "srun": '#!/bin/sh\necho $$ > process\nexec "$@"\n',
     "scontrol": '#!/bin/sh\necho "$@" >> requeued\n',
 }
 STOP = """
-def begin(epoch, logs):
-    if epoch == 3 and not os.path.exists("sent"):
-        open("sent", "w").close()
+def begin(epoch, logs):  # the scheduler stops the process that it has started, after three epochs and after six
+    if epoch in (3, 6) and not os.path.exists(f"sent after {epoch}"):
+        open(f"sent after {epoch}", "w").close()
         os.kill(int(open("process").read()), 15)
 
 stop = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
@@ -3360,8 +3347,7 @@ checkpoint ="""
 RESULT = "np.savez('result.npz', *[np.array(v) for v in model.trainable_variables + model.optimizer.variables])\n"
 
 
-@pytest.mark.parametrize("scheduler", ["Slurm", "Kubernetes"])
-def test_readme_job_gets_the_signal_of_its_scheduler_and_ends_as_if_never_stopped(scheduler, tmp_path):
+def test_readme_jobs_get_the_signals_of_their_schedulers_and_the_run_ends_as_if_never_stopped(tmp_path):
     (job,) = [block for block in re.findall("```sh\n(.*?)```", README, re.DOTALL) if "srun" in block]
     train = EXAMPLE.replace("/tmp/", f"{tmp_path}/").replace("[checkpoint]", "[checkpoint, stop]") + RESULT
     scripts = {"job.sh": "#!/bin/bash\n" + job, "train.py": train.replace("\ncheckpoint =", STOP)}
@@ -3369,22 +3355,22 @@ def test_readme_job_gets_the_signal_of_its_scheduler_and_ends_as_if_never_stoppe
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def run():
-        command = ["srun", *json.loads(re.search(r"`command: (\[.*?\])`", README)[1])]  # so does a kubelet
-        command = ["bash", "job.sh"] if scheduler == "Slurm" else command
+    def run(*command):
         return run_readme(command, tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7")
 
-    stopped = run()
-    assert stopped.returncode == 143 and "Stop on SIGTERM: the run is saved." in stopped.stdout
-    assert not (tmp_path / "result.npz").exists()
-    continued = run()
-    assert continued.returncode == 0 and "Continue with epoch" in continued.stdout
+    slurm = ["bash", "job.sh"]
+    kubernetes = ["srun", *json.loads(re.search(r"`command: (\[.*?\])`", README)[1])]  # a kubelet does as srun does
+    runs = [run(*command) for command in (kubernetes, slurm, slurm, slurm)]
+    assert [each.returncode for each in runs] == [143, 143, 0, 0]
+    lines = ["Continue with", "Save Orbax checkpoint on_epoch_end.", "Stop on SIGTERM: the run is saved.", "Nothing left"]
+    assert [[line in each.stdout for line in lines] for each in runs] == [
+        [False, True, True, False], [True, True, True, False], [True, True, False, False], [False, False, False, True]
+    ]  # fmt: skip
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once
     exec(EXAMPLE.replace("/tmp/", f"{tmp_path}/uninterrupted/"), expected := {})
     assert_equal(list(np.load(tmp_path / "result.npz").values()), values(expected["model"]))
-    if scheduler == "Slurm":
-        assert (tmp_path / "requeued").read_text() == "requeue 7\n"  # once
-        (tmp_path / "train.py").unlink()
-        assert run().returncode == 2  # as Python's
+    (tmp_path / "train.py").unlink()
+    assert run(*slurm).returncode == 2  # as Python's
 
 
 def test_notebook_is_small_and_easy_to_read():
