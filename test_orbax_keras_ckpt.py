@@ -73,7 +73,6 @@ pytestmark = [
     # Where one of Orbax's reads fails, the others end in a closed event loop.
     pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
 ]
-STRACE = pytest.mark.skipif(not shutil.which("strace"), reason="without strace no system calls are seen")
 HOWS = ("killed", "names", "deleted", "contents")  # see Node.tree
 
 # --------------------------------------------------------------------------------------------- models and files
@@ -318,11 +317,22 @@ def redirected(log, scenario, arguments, options):
         raise SystemExit(1) from None
 
 
-def script(*arguments, prefix=(), check=True, **kwargs):
-    """Runs this file as a program of its own."""
-    command = [*prefix, sys.executable, __file__, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
-    assert not check or done.returncode == 0, done.stdout + done.stderr
+def under_strace(work, strace_options, scenario, *arguments, **options):
+    """Runs a scenario in a process whose system calls are seen. The exit code, and what it printed."""
+    if not shutil.which("strace"):
+        pytest.skip("without strace no system calls are seen")
+    ready, go = str(work / "ready"), str(work / "go")
+    process = Process(work / "log", "waits", ready, go, scenario, *arguments, **options)
+    while not os.path.exists(ready):
+        time.sleep(0.01)
+    command = ["strace", "-f", *strace_options, "-p", str(process.process.pid)]
+    strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    if "attached" not in strace.stderr.readline():
+        process.process.kill()
+        pytest.skip("strace may not trace here")
+    pathlib.Path(go).touch()
+    done = process.join()
+    strace.communicate()
     return done
 
 
@@ -1313,22 +1323,19 @@ def restored_number(model, directory):
     return number
 
 
-@STRACE
 @pytest.mark.parametrize("kind", ["one kept", "replaced", "damaged"])
 def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(kind, tmp_path):
-    directory, log, place, model = tmp_path / "ckpt", tmp_path / "log", tmp_path / "state", model_for("", 1, False)
+    directory, calls, place, model = tmp_path / "ckpt", tmp_path / "calls", tmp_path / "state", model_for("", 1, False)
     directory.mkdir()
     attempt(callbacks="capture", epochs=4)
     if kind == "damaged":
         attempt(directory, epochs=2)
         flip(data_file(directory / "1"), 8 * 300)
     disk, least, trees = Node(directory), dict.fromkeys(HOWS), {}
-    command = ["strace", "-f", "-y", "-xx", "-s", "1000000", "-e", f"trace={CALLS}", "-o", log]
-    done = script("traced", directory, kind, prefix=command, check=False)
-    if "ptrace" in done.stderr:
-        pytest.skip("strace may not trace here")
-    assert done.returncode == 0, done.stderr
-    for count, call in enumerate(replayed(log, directory, disk)):
+    options = ["-y", "-xx", "-s", "1000000", "-e", f"trace={CALLS}", "-o", calls]
+    code, log = under_strace(tmp_path, options, "traced", str(directory), kind)
+    assert code == 0, log
+    for count, call in enumerate(replayed(calls, directory, disk)):
         for how in HOWS:
             if trees.get(how) == (tree := disk.tree(how)):
                 continue
@@ -1345,7 +1352,8 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
 
 
 def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_that_it_failed(tmp_path):
-    done = script("last_line", tmp_path, check=False)
+    command = [sys.executable, __file__, "last_line", str(tmp_path)]  # which, unlike a fork, ends by itself
+    done = subprocess.run(command, capture_output=True, text=True)
     if sys.version_info >= (3, 12) and done.stderr:  # which starts no threads then, and a commit needs some
         assert "Saving step 0" in done.stderr and "has failed" in done.stderr
         return
@@ -1441,24 +1449,30 @@ def test_directory_of_a_run_that_goes_on_is_read_meanwhile(tmp_path):
     assert all(name.isdecimal() for name in names(directory))
 
 
-def test_bucket_serves_as_a_directory_does():
+def test_bucket_serves_as_a_directory_does(tmp_path):
     """Killed twice and resumed, damaged and fallen back, listed and loaded."""
     if importlib.util.find_spec("tensorflow"):
         pytest.skip("with TensorFlow, Orbax reaches buckets through it, and that does not find the emulator")
-    port = free_port()
+    port, options = free_port(), {"epochs": 4, "max_to_keep": 3}
     variables = dict.fromkeys(["STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"], f"http://localhost:{port}")
     variables |= {"FSSPEC_GCS_TOKEN": "anon", "FSSPEC_GS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    command = [sys.executable, __file__, "emulator", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    server = Process(tmp_path / "server", "emulator", port)
+
+    def in_bucket(scenario, *arguments):
+        return Process(tmp_path / scenario, "with_variables", variables, scenario, *arguments, **options).join()
+
     try:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("localhost", port)):
                 break
             time.sleep(0.1)
-        script("bucket_cycle", "gs://bucket/ckpt", env={**os.environ, **variables})
+        assert in_bucket("attempt", "gs://bucket/ckpt", (1, "train", 2, "SIGKILL"))[0] == -signal.SIGKILL
+        assert in_bucket("attempt", "gs://bucket/ckpt", (2, "train", 2, "SIGTERM"))[0] == 128 + signal.SIGTERM
+        code, log = in_bucket("bucket_cycle", "gs://bucket/ckpt")
+        assert code == 0, log
     finally:
-        server.kill()
-        server.wait()
+        server.process.kill()
+        server.join()
 
 
 def test_folders_of_the_user_are_left_alone_whatever_their_names_and_refused_where_a_step_goes(tmp_path, model):
@@ -1857,7 +1871,6 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, public
     assert manager.all_steps() == [0, 1, 2, 3]
 
 
-@STRACE
 def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_goes_on(tmp_path):
     number = int(os.environ.get("FAULT_SEED", 0))
     print("FAULT_SEED", number)
@@ -1869,17 +1882,7 @@ def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_go
         fault += draw.choice(["", "+"])
         work = tmp_path / fault
         work.mkdir()
-        process = Process(work / "log", "attempts", str(work), waits=True, **options)
-        while not (work / "ready").exists():
-            time.sleep(0.01)
-        command = ["strace", "-f", "-o", os.devnull, "-e", f"inject={fault}", "-p", str(process.process.pid)]
-        strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        if "attached" not in strace.stderr.readline():
-            process.process.kill()
-            pytest.skip("strace may not trace here")
-        (work / "go").touch()
-        code, log = process.join()
-        strace.communicate()
+        code, log = under_strace(work, ["-o", os.devnull, "-e", f"inject={fault}"], "attempts", str(work), **options)
         if code == 0:
             assert_same_end(pickle.loads((work / "end").read_bytes())[1], expected)
         else:
@@ -3362,7 +3365,7 @@ def test_readme_jobs_get_the_signals_of_their_schedulers_and_the_run_ends_as_if_
     kubernetes = ["srun", *json.loads(re.search(r"`command: (\[.*?\])`", README)[1])]  # a kubelet does as srun does
     runs = [run(*command) for command in (kubernetes, slurm, slurm, slurm)]
     assert [each.returncode for each in runs] == [143, 143, 0, 0]
-    lines = ["Continue with", "Save Orbax checkpoint on_epoch_end.", "Stop on SIGTERM: the run is saved.", "Nothing left"]
+    lines = ["Continue with", "Save Orbax checkpoint on_epoch_end.", "Stop on SIGTERM: the run is saved", "Nothing"]
     assert [[line in each.stdout for line in lines] for each in runs] == [
         [False, True, True, False], [True, True, True, False], [True, True, False, False], [False, False, False, True]
     ]  # fmt: skip
@@ -3407,14 +3410,23 @@ def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
 # ------------------------------------------------- the program that is run in processes of their own, by scenario
 
 
-def attempts(work, waits=False, **options):
+def attempts(work, **options):
     """One attempt; leaves what it has come to in the file `end`."""
     work = pathlib.Path(work)
-    if waits:
-        (work / "ready").touch()
-        while not (work / "go").exists():
-            time.sleep(0.01)
     (work / "end").write_bytes(pickle.dumps(attempt(work / "ckpt", **options)))
+
+
+def waits(ready, go, scenario, *arguments, **options):
+    """Another scenario, once strace is attached."""
+    pathlib.Path(ready).touch()
+    while not os.path.exists(go):
+        time.sleep(0.01)
+    program(scenario, *arguments, **options)
+
+
+def with_variables(variables, scenario, *arguments, **options):
+    os.environ.update(variables)
+    program(scenario, *arguments, **options)
 
 
 def traced(directory, kind):
@@ -3464,24 +3476,18 @@ def emulator(port):
             response["x-goog-generation"] = found["generation"]
 
     objects.download = download_with_generation
-    create_server("localhost", int(port), in_memory=True, default_bucket="bucket").run()
+    create_server("localhost", port, in_memory=True, default_bucket="bucket").run()
 
 
-def bucket_cycle(directory):
-    address, options = os.environ["STORAGE_EMULATOR_HOST"], {"epochs": 4, "max_to_keep": 3}
-    expected = uninterrupted(epochs=4)[1]
-
-    def leave_at(*place):
-        return Process(os.path.join(tempfile.mkdtemp(), "log"), "attempt", directory, place, **options).join()[0]
+def bucket_cycle(directory, **options):
+    """After the run was killed in its second epoch and stopped in its third."""
+    expected, address = uninterrupted(epochs=4)[1], os.environ["STORAGE_EMULATOR_HOST"]
 
     def entries():  # as the server tells them
         objects = json.load(urllib.request.urlopen(f"{address}/storage/v1/b/bucket/o?prefix=ckpt/"))["items"]
         return sorted({each["name"].split("/")[1] for each in objects} - {""})
 
-    assert leave_at(1, "train", 2, "SIGKILL") == -signal.SIGKILL
-    assert entries() == ["0"]
-    assert leave_at(2, "train", 2, "SIGTERM") == 128 + signal.SIGTERM
-    assert entries() == ["0", "1", "2"]  # the last one inside its epoch
+    assert entries() == ["0", "1", "2"] and load_model(directory).optimizer.iterations == 2 * BATCHES + 3
     killed = epath.Path(directory, "0")
     (killed / "_CHECKPOINT_METADATA").write_text("{}")  # what a killed save or deletion leaves
     (killed / "default/d/0").write_text("")
