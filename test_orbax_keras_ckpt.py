@@ -3223,7 +3223,7 @@ def test_readme_command_lists_what_the_example_has_saved_and_the_example_has_a_l
     listed = run_readme([sys.executable, HERE / file, *arguments], tmp_path)
     assert re.findall(r"(?m)^(\d+) +\d+ +end ", listed.stdout) == ["7", "8", "9"]
     assert listed.stdout.endswith("All arrays are intact.\n") and (listed.returncode, listed.stderr) == (0, "")
-    empty = run_readme([sys.executable, "-m", "orbax_keras_ckpt", str(tmp_path)], HERE)
+    empty = run_readme([sys.executable, "-m", "orbax_keras_ckpt", str(tmp_path)], tmp_path)
     assert empty.returncode == 2 and not empty.stdout and empty.stderr.startswith("There is no checkpoint in")
     line = EXAMPLE.splitlines()[1]  # without which Keras asks for TensorFlow
     assert line.startswith('os.environ["KERAS_BACKEND"] = "jax"') and "TensorFlow" in line
