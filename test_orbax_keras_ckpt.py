@@ -1817,14 +1817,20 @@ def test_monitor_keeps_the_best_and_the_newest_and_all_agree(mode, options, loss
     assert [line.split()[0] for line in command_line(tmp_path)[1] if "best" in line] == [str(best)]
 
 
-def test_monitor_direction_comes_from_the_metrics(tmp_path):
+def test_metrics_are_kept_and_the_direction_of_a_monitor_comes_from_them(tmp_path):
     model, new = (stacked(layers.Dense(1), metrics=["accuracy", "mae"]) for _ in range(2))
-    fit(model, 1)
+    manager = callback(model, tmp_path).checkpoint_manager
+    logs = fit(model, 1, callback(model, tmp_path)).history
+    assert manager.metrics(0) == {name: values[0] for name, values in logs.items()}
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
+        manager.metrics(7)
     for metric, best in (("val_accuracy", 1), ("loss", 0)):
         manager = save(model, tmp_path / metric, 0, 1, losses=[0, 1], metric=metric, monitor=metric)
         assert manager.best_step() == best
     # Before its first fit, it does not know them.
     assert KerasOrbaxCheckpointManager(new, tmp_path / "val_accuracy", monitor="val_accuracy").best_step() == 1
+    with pytest.raises(ValueError, match="They are: loss, accuracy, mae. Check"):
+        save(model, tmp_path / "other", losses=[1.0], metric="val_nothing", monitor="val_nothing")
     with pytest.warns(UserWarning, match="'val_loss' is not among the metrics of step 0.*'loss'"):
         fit(model, 1, callback(model, tmp_path / "absent", monitor="val_loss"))
 
@@ -2898,7 +2904,7 @@ def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
         load_model(tmp_path / "foreign")
 
 
-# -------------------------------------------------------------------------------- what a user meets: messages, costs
+# ---------------------------------------------------------------------- what a user meets: notebook, messages, costs
 
 
 def test_file_pasted_into_a_notebook_cell_only_defines_and_then_trains(tmp_path):
@@ -2920,6 +2926,32 @@ print(type(load_model({directory!r})).__name__)
     assert "Save Orbax checkpoint on_epoch_end." in texts and texts.endswith("Sequential\n")
 
 
+def test_notebook_is_small_and_easy_to_read_and_runs_to_the_outputs_that_it_is_committed_with(tmp_path, monkeypatch):
+    nbformat, nbclient, nbconvert = map(pytest.importorskip, ("nbformat", "nbclient", "nbconvert"))
+    assert (HERE / "guide.ipynb").stat().st_size < 150_000
+    committed, notebook = (nbformat.read(HERE / "guide.ipynb", as_version=4) for _ in range(2))
+    cells = [cell for cell in committed.cells if cell.cell_type == "code"]
+    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
+    assert "".join(cell.source for cell in cells).count("rmtree") == 1  # of /tmp/ckpt
+    assert all(cell.execution_count for cell in cells)
+    assert not any("execution" in cell.metadata for cell in committed.cells)  # when it was run is nobody's business
+    assert {output.get("name", "stdout") for cell in cells for output in cell.outputs} == {"stdout"}
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(committed)
+    texts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
+    assert len(texts) == page.count("<img ") == 2 and all("loss" in text.lower() for text in texts)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
+
+    def firsts(notebook):
+        """The first word of each line, without what differs from version to version or from run to run."""
+        outputs = [[o for o in c.get("outputs", ()) if o.get("name") != "stderr"] for c in notebook.cells]
+        texts = ["".join(output.get("text", "") for output in each) for each in outputs]
+        texts = [re.sub(r"[0-9a-f]{32}|commit_success.txt|Writing .*|array_metadatas", "", text) for text in texts]
+        return [[line.split()[0] for line in text.splitlines() if line.strip()] for text in texts]
+
+    assert firsts(committed) == firsts(executed)
+
+
 def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, capsys, model):
     def lines(epochs, **options):
         fit(model, epochs, callback(model, tmp_path, **options))
@@ -2937,7 +2969,7 @@ def test_verbose_prints_the_lines_of_the_guide_and_where_a_run_starts(tmp_path, 
     assert lines(7) == []
 
 
-def test_empty_directory_changes_nothing_and_step_0_is_a_step_like_any_other(tmp_path):
+def test_empty_directory_changes_nothing(tmp_path):
     manager = KerasOrbaxCheckpointManager(model := dense_model(), tmp_path)
     assert manager.latest_step() is manager.best_step() is None
     with unchanged(model, tmp_path), pytest.warns(UserWarning, match="no checkpoint in .* The model is as it was"):
@@ -3040,16 +3072,6 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     assert share < 0.06
     said = re.search(r"Saved (\d+) times, which took (.*)% of the time", capsys.readouterr().out)
     assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
-
-
-def test_metrics_of_a_step_are_those_that_were_saved(tmp_path):
-    manager = callback(model := dense_model(metrics=["mae"]), tmp_path).checkpoint_manager
-    logs = fit(model, 1, callback(model, tmp_path)).history
-    assert manager.metrics(0) == {name: values[0] for name, values in logs.items()}
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7"):
-        manager.metrics(7)
-    with pytest.raises(ValueError, match="They are: loss, mae. Check"):
-        save(model, tmp_path / "other", losses=[1.0], metric="val_nothing", monitor="val_nothing")
 
 
 # ---------------------------------------------------------------------------------------------- the command line
@@ -3171,7 +3193,7 @@ def test_seam_that_is_gone_is_named_before_anything_is_trained(seam, tmp_path, m
     assert names(tmp_path) == []
 
 
-# --------------------------------------------------------------------------------------- README, notebook, recipes
+# -------------------------------------------------------------------------------------------- README and its recipes
 
 README = (HERE / "README.md").read_text()
 EXAMPLE, RECIPES = re.findall("```python\n(.*?)```", README, re.DOTALL)
@@ -3182,7 +3204,7 @@ def recipe(words, tmp_path, change=("", "")):
     """Runs the example and then the recipe whose comment has these words, in `tmp_path`; the names that both leave."""
     (text,) = [each for each in RECIPES if words in each.splitlines()[0]]
     names = {}
-    for part in (EXAMPLE, IMPORTS, text.replace(*change)):
+    for part in (EXAMPLE.replace("epochs=10", "epochs=3"), IMPORTS, text.replace(*change)):
         exec(part.replace("/tmp/", f"{tmp_path}/"), names)
     return names
 
@@ -3272,9 +3294,9 @@ def test_readme_recipe_of_every_ten_minutes_saves_on_ctrl_c(often, tmp_path):
 
 def test_readme_recipe_of_an_iterator_continues_where_it_was(tmp_path):
     pytest.importorskip("grain")
-    reference = recipe("An iterator", tmp_path / "at once")["model"]
-    recipe("An iterator", tmp_path / "resumed", ("epochs=20", "epochs=10"))
-    assert_equal(values(recipe("An iterator", tmp_path / "resumed")["model"]), values(reference))
+    places, epochs = ["at once", "resumed", "resumed"], [6, 3, 6]
+    runs = [recipe("An iterator", tmp_path / place, ("=20", f"={each}")) for place, each in zip(places, epochs)]
+    assert_equal(values(runs[2]["model"]), values(runs[0]["model"]))
 
 
 def test_readme_recipe_of_fine_tuning_leaves_the_first_run_alone(tmp_path):
@@ -3372,37 +3394,6 @@ def test_readme_jobs_get_the_signals_of_their_schedulers_and_the_run_ends_as_if_
     assert_equal(list(np.load(tmp_path / "result.npz").values()), values(expected["model"]))
     (tmp_path / "train.py").unlink()
     assert run(*slurm).returncode == 2  # as Python's
-
-
-def test_notebook_is_small_and_easy_to_read():
-    nbformat, nbconvert = pytest.importorskip("nbformat"), pytest.importorskip("nbconvert")
-    assert (HERE / "guide.ipynb").stat().st_size < 150_000
-    notebook = nbformat.read(HERE / "guide.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert max(len(cell.source.splitlines()) for cell in cells) <= 20
-    assert "".join(cell.source for cell in cells).count("rmtree") == 1  # of /tmp/ckpt
-    assert not any("execution" in cell.metadata for cell in notebook.cells)  # when it was run is nobody's business
-    assert {output.get("name", "stdout") for cell in cells for output in cell.outputs} == {"stdout"}
-    page, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
-    texts = re.findall(r'<img [^>]*alt="([^"]*)"', page)
-    assert len(texts) == page.count("<img ") == 2 and all("loss" in text.lower() for text in texts)
-
-
-def test_notebook_runs_and_is_committed_with_its_outputs(tmp_path, monkeypatch):
-    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    committed, notebook = (nbformat.read(HERE / "guide.ipynb", as_version=4) for _ in range(2))
-    executed = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(HERE)}}).execute()
-    assert all(cell.execution_count for cell in committed.cells if cell.cell_type == "code")
-
-    def firsts(notebook):
-        """The first word of each line, without what differs from version to version or from run to run."""
-        outputs = [[o for o in c.get("outputs", ()) if o.get("name") != "stderr"] for c in notebook.cells]
-        texts = ["".join(output.get("text", "") for output in each) for each in outputs]
-        texts = [re.sub(r"[0-9a-f]{32}|commit_success.txt|Writing .*|array_metadatas", "", text) for text in texts]
-        return [[line.split()[0] for line in text.splitlines() if line.strip()] for text in texts]
-
-    assert firsts(committed) == firsts(executed)
 
 
 # ------------------------------------------------- the program that is run in processes of their own, by scenario
