@@ -1643,7 +1643,7 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
         with unchanged(model, tmp_path / "ckpt"), pytest.raises(CheckpointMismatchError, match=message):
             fit(model, 2, *given, callback(model, tmp_path / "ckpt", stateful=given))
     save(model, tmp_path / "by hand")
-    with pytest.warns(UserWarning, match="not saved by this callback: .*'EarlyStopping'. from the initial"):
+    with pytest.warns(UserWarning, match="not saved by this callback: .*'EarlyStopping'.*start from their initial"):
         fit(model, 2, patience, callback(model, tmp_path / "by hand", stateful=[patience]))
 
 
