@@ -955,7 +955,7 @@ def _random_state() -> dict[str, Any]:
     generator = _global_seed_generator()
     version, internal, gauss = random.getstate()
     state = {
-        "python": (version, np.array(internal, np.uint32), gauss),  # an array, because 625 numbers take 30 times as long
+        "python": (version, np.array(internal, np.uint32), gauss),  # 625 numbers in JSON are slow
         "numpy": np.random.get_state(legacy=False),
         "keras": None if generator is None else np.array(generator.state.value),
     }
