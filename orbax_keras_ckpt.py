@@ -2788,7 +2788,9 @@ class _Run(keras.callbacks.Callback):
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_other = is_of_here and self._model.optimizer is not optimizer
         if record is not None and start[:2] > (self.fit.epochs, 0):
-            is_other |= len(record.variables[_GROUPS[2]]) != len(self._model.optimizer.variables)
+            live, names = _variables(self._model), _automatic_names(self._model)
+            _, differences = _compare(live, record.variables, True, names, True)
+            is_other |= any(line.startswith(_GROUPS[2]) for line in differences)
         variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return variables, list(self._differences(step, record))
 
