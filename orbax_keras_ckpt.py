@@ -2046,6 +2046,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
 
 
 _SAVING: set[Any] = set()  # managers of this process with a save in progress
+_LOCK = threading.RLock()  # saves that are asked for in several threads take turns
 
 
 def _wait_for_saves(directory: epath.Path, besides: Any = None) -> None:
@@ -2134,7 +2135,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._best_fn = (kwargs["best_fn"], kwargs.get("best_mode", "max")) if kwargs.get("best_fn") else None
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
-        self._lock = threading.RLock()  # saves may be asked for in several threads
         self._read_only = bool(kwargs.get("read_only"))
         self._prefix = kwargs.get("step_prefix") or None
         self._saving: tuple[int, str] | None = None  # step and id of the save in progress
@@ -2295,9 +2295,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
         if self._read_only:
             return False
-        with self._lock:
-            self._model.jax_state_sync()  # within fit, by another callback
-            self._describe()  # the model may have been recompiled
+        self._model.jax_state_sync()  # within fit, by another callback
+        self._describe()  # the model may have been recompiled
+        with _LOCK:
             return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
@@ -2459,7 +2459,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
-        with self._lock:
+        with _LOCK:
             if (failure := self._failure) is not None:
                 self._failure = None
                 raise failure
@@ -3065,7 +3065,8 @@ class _Run(keras.callbacks.Callback):
         }
         start, step = time.monotonic(), self._step(self.epoch, self.batches)
         try:
-            started = self.manager._save(step, position, logs, own=own, **notes, **further)
+            with _LOCK:
+                started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
             for member in self.members:
                 member.copy()  # raises with a name, if it is one of these that cannot be saved
