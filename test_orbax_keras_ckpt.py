@@ -3098,10 +3098,11 @@ def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_pat
     start, pause = time.monotonic(), on(on_train_batch_begin=lambda batch, logs: time.sleep(0.01 + writing / 50))
     model.fit(X, Y, batch_size=1, epochs=10, verbose=0, callbacks=[pause, checkpoint])
     share, saved = sum(blocked) / (time.monotonic() - start), checkpoint.checkpoint_manager.all_steps()
-    assert len(saved) == len(blocked) >= 3 and saved[0] == 1 and saved[-1] == 640
+    assert len(saved) == len(blocked) and saved[0] == 1 and saved[-1] == 640
     assert share < 0.06
     said = re.search(r"Saved (\d+) times, which took (.*)% of the time", capsys.readouterr().out)
     assert int(said[1]) == len(saved) and 100 * share <= float(said[2]) + 0.1
+    assert len(saved) > 2 or float(said[2]) > 1.5  # on a machine with other work, a third one may cost too much
 
 
 # ---------------------------------------------------------------------------------------------- the command line
