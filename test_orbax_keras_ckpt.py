@@ -1693,7 +1693,7 @@ def test_resumable_serves_two_fits_and_starts_an_iterator_that_is_used_again_fro
     iterator = Draws()
     model, checkpoint = begin(tmp_path / "again")
     with pytest.raises(RuntimeError, match="on purpose"):
-        train(model, checkpoint.resumable(iterator), 4, checkpoint, At((1, "train", 1), fail))
+        train(model, checkpoint.resumable(iterator), 4, checkpoint, At((0, "train", 2), fail))
     model, checkpoint = begin(tmp_path / "again")
     assert_equal(train(model, checkpoint.resumable(iterator), 4, checkpoint), expected)
 
