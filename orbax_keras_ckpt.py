@@ -1423,8 +1423,8 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 
 
 # --------------------------------------------------------------------------------- reading a directory
-# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time,
-# its commit marker first.
+# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time:
+# in a bucket its commit marker first, elsewhere all at once.
 
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
@@ -1681,12 +1681,12 @@ class _Restore:
         step = self._chosen(step, steps)
         damaged: dict[int, Exception] = {}
         for candidate in sorted(steps, reverse=True) if step is None else [step]:
-            before = self._look(candidate)
+            before = self._identity(candidate)
             try:
                 restored = self._one(candidate, steps[candidate])
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
-                if is_damage and any(_gather(self._look(candidate) != before)):
+                if is_damage and any(_gather(self._identity(candidate) != before)):
                     return self.run(step)  # a run in progress has deleted or replaced it
                 if step is not None or not (is_damage or damaged):
                     raise
@@ -1716,7 +1716,7 @@ class _Restore:
             raise _no_such_step(step, self.directory, steps)
         return step
 
-    def _look(self, step: int) -> Any:
+    def _identity(self, step: int) -> Any:
         """What distinguishes this step from a later one with the same number."""
         if (path := _steps(self.directory, self.prefix).get(step)) is None:
             return None
