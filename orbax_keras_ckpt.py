@@ -507,7 +507,8 @@ def _move(path: epath.Path, target: epath.Path) -> None:
     """Renames a committed step. If killed midway in a bucket, at least one of the two places has a complete copy."""
     if _is_bucket(path) and hasattr(path._backend, "fs"):  # a rename would copy and delete file by file
         path._backend.fs(path).copy(str(path), str(target), recursive=True)
-        _delete(path)
+        (path / _COMMITTED).unlink()
+        path.rmtree()
     else:
         path.rename(target)
 
@@ -539,11 +540,15 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 class _Hooked(ocp.CheckpointManager):
     """Orbax's manager, with hooks into how it lists steps, ends commits, deletes steps and handles failed saves."""
 
-    def _watch_deletions(self, keeps_deleted: bool) -> None:
+    def _watch_deletions(self) -> None:
         deleter: Any = self._checkpoint_deleter
-        deleter.delete_steps = self._after_commit
-        if not keeps_deleted:
-            deleter.delete = self._delete_step
+        delete = deleter.delete
+
+        def marked_delete(step: int) -> None:
+            self._unmark(step)
+            delete(step)
+
+        deleter.delete, deleter.delete_steps = marked_delete, self._after_commit
 
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
         # Orbax's own fails on one bad byte in any step, and globs in a path that may contain brackets.
@@ -1423,12 +1428,14 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 
 
 # --------------------------------------------------------------------------------- reading a directory
-# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time:
-# in a bucket its commit marker first, elsewhere all at once.
+# Everything here depends only on the directory as it is now. While others write to it, a step may vanish at any time,
+# its commit marker first.
 
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
+_CONTENTS = {_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
+_PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
 
@@ -1453,6 +1460,26 @@ def _is_committed(path: epath.Path) -> bool:
     return (path / (_COMMITTED if _is_bucket(path) else _METADATA)).exists()
 
 
+def _unmark(path: epath.Path) -> None:
+    """Deletes the commit marker of a step, atomically: what is left of the folder no longer counts as a step."""
+    for name in (_COMMITTED, _METADATA) if _is_bucket(path) else (_METADATA, _COMMITTED):  # as _is_committed looks
+        (path / name).unlink(missing_ok=True)
+
+
+def _may_be_step(path: epath.Path) -> bool:
+    """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
+        items = _entries(path)
+        parts = [part.name for item in items if item.is_dir() for part in _entries(item)]
+        own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
+        return _CONTENTS.issuperset(item.name for item in items) and not own
+    return False
+
+
+def _is_step(path: epath.Path) -> bool:
+    return _is_committed(path) or _may_be_step(path)
+
+
 def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
     """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
@@ -1460,31 +1487,26 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path],
     if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
-    folders: tuple[dict[int, epath.Path], ...] = {}, {}, {}
-    for path, match in found:
-        if match["prefix"] == prefix:
-            folders[2 if match["aside"] else 0 if path in committed else 1][int(match["step"])] = path
-    return folders
-
-
-def _is_rest(path: epath.Path) -> bool:
-    """Whether a folder without metadata may be what is left of a step; any other is the user's own."""
-    try:
-        return all(item.name in ("default", "run", _COMMITTED) for item in path.iterdir())
-    except OSError:  # deleted meanwhile, or a file
-        return False
+    steps: dict[int, epath.Path] = {}
+    bare: dict[int, epath.Path] = {}
+    replaced: dict[int, epath.Path] = {}
+    for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
+        kind = replaced if match["aside"] else steps if path in committed else bare
+        if path in committed or _may_be_step(path):
+            kind[int(match["step"])] = path
+    return steps, bare, replaced
 
 
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     """The steps in a directory and their folders; with any prefix, if none is given.
 
-    A snapshot that is being replaced counts until its successor is committed. A step that has lost its metadata is
-    damaged; below the newest it is ignored.
+    A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
+    step if it is above all committed ones, or else what a deletion left behind.
     """
     steps, bare, replaced = _folders(directory, prefix)
     newest = max(steps, default=-1)
-    damaged = {step: path for step, path in bare.items() if step > newest and _is_rest(path)}
-    return ({} if _is_bucket(directory) else damaged) | replaced | steps
+    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
+    return damaged | replaced | steps
 
 
 def _nothing_in(directory: epath.Path) -> str:
@@ -1507,19 +1529,10 @@ def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epa
     return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
 
 
-def _delete(path: epath.Path) -> None:
-    """Deletes a committed step. If killed midway, a folder is left that counts as temporary."""
-    if _is_bucket(path):
-        (path / _COMMITTED).unlink(missing_ok=True)
-    else:
-        path = path.rename(path.parent / f"{path.name}.orbax-checkpoint-tmp-{uuid.uuid4().hex}")
-    path.rmtree()
-
-
 def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
     """Removes what killed saves and deletions left at or below the newest step, and replaced snapshots."""
-    steps, _, replaced = _folders(directory, prefix)
-    for step, path in [*_temporary(directory, prefix), *replaced.items()]:
+    steps, bare, replaced = _folders(directory, prefix)
+    for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
         if step <= max(steps, default=-1):
             path.rmtree(missing_ok=True)
 
@@ -1554,8 +1567,8 @@ def _is_damage(error: Exception) -> bool:
     status = re.match("([A-Z_]+): ", str(error))
     if status and type(error) is ValueError:
         return status[1] in _CONTENT
-    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError)
-    return isinstance(error, (*missing, ValueError, LookupError, TypeError, AttributeError, zipfile.BadZipFile))
+    missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError, zipfile.BadZipFile)
+    return isinstance(error, (*missing, ValueError, LookupError, TypeError, AttributeError, OverflowError))
 
 
 @contextlib.contextmanager
@@ -1844,7 +1857,9 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) -> list[str]:
     """What differs between the assets of a model and the saved ones, in words."""
-    _, live = _described(model)
+    live: dict[str, bytes] = {}
+    with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
+        live = _saved_assets(model)
     if not live or record is None or record.run is None:
         return []
     saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
@@ -2147,7 +2162,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
         handlers = {item: _tree_handler(self._arrays) for item in ("default", "run")}
         super().__init__(directory, item_handlers=handlers, options=options)
-        self._watch_deletions(bool(options.todelete_subdir or getattr(options, "todelete_full_path", None)))
+        self._keeps_deleted = bool(options.todelete_subdir or getattr(options, "todelete_full_path", None))
+        self._watch_deletions()
 
     def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
         """All options of Orbax's manager."""
@@ -2242,20 +2258,23 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
         return metrics if metrics or self._monitor is not None else None
 
+    def _unmark(self, step: int) -> None:
+        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step."""
+        path = _steps(self.directory, self._prefix).get(step)
+        if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
+            _unmark(path)
+
     def _after_commit(self, outdated: Sequence[int]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
         self._is_writing = False
-        deletions = [functools.partial(self._checkpoint_deleter.delete, step) for step in outdated]
-        for work in [*deletions, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
+        work: list[Callable[[], None]] = [functools.partial(self._checkpoint_deleter.delete, step) for step in outdated]
+        if jax.process_index() == 0:
+            work.append(functools.partial(_remove_leftovers, self.directory, self._prefix))
+        for action in work:
             try:
-                work()
+                action()
             except OSError as error:  # the new step is committed: this must not fail its save
                 self._undeleted.append(str(error))
-
-    def _delete_step(self, step: int) -> None:
-        path = self._committed().get(step)
-        if jax.process_index() == 0 and path is not None:
-            _delete(path)
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
@@ -2357,9 +2376,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            in_the_way = _folders(self.directory, self._prefix)[1].get(step)  # raises if the directory is gone
-            if in_the_way and not _is_bucket(self.directory):  # Orbax would delete it
-                raise FileExistsError(f"{in_the_way} is in the way, and is not a checkpoint. Move it elsewhere.")
+            for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
+                match = _STEP.fullmatch(path.name)
+                if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
+                    raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
