@@ -481,6 +481,14 @@ def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
     return undo
 
 
+def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
+    """Whether each SwapEMAWeights of `fit` has the averages in the model; if given, sets that to `states` first."""
+    swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
+    for swap, state in zip(swaps, states or ()):
+        swap._ema_weights_in_model = state
+    return [swap._ema_weights_in_model for swap in swaps]
+
+
 def _loads_early(fit: _Fit, iterator: Iterator, has_hooks: bool) -> bool:
     """Whether Keras loads batches of a PyDataset before the shuffle for their epoch."""
     if fit.epoch_iterator.data_adapter.enqueuer is not None:  # it has workers
@@ -866,7 +874,12 @@ def _pair_variables(
     """
 
     def tree(specs: Mapping[str, list[_Spec]], groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
-        return _nest({name(spec.path): (group, spec) for group in groups for spec in specs.get(group, [])})
+        named: dict[str, Any] = {}
+        for group in groups:
+            for spec in specs.get(group, []):
+                path = name(spec.path)
+                named[f"/{spec.path}" if path in named else path] = group, spec
+        return _nest(named)
 
     trees = tree(live, _WEIGHTS), tree(saved, _WEIGHTS)
     weights = list(_pair(*trees, automatic, False))
@@ -1054,7 +1067,8 @@ class _Stateful:
         for name, value in vars(self.member).items():
             if name in inherited or not self._is_state(value):
                 continue
-            if name not in self._initial or _as_saved(value) != _as_saved(self._initial[name]):
+            initial = self._initial.get(name, self)
+            if type(value) is not type(initial) or _as_saved(value) != _as_saved(initial):
                 changed[name] = value
         return changed
 
@@ -1063,9 +1077,10 @@ class _Stateful:
         for name, value in (_copied(self._initial) | changed).items():
             if type(value) in _GENERATORS and type(attributes.get(name)) is type(value):
                 get, put = _GENERATORS[type(value)]
-                put(attributes[name], get(value))  # other objects may share it
-            else:
-                attributes[name] = value
+                with contextlib.suppress(ValueError):  # of another bit generator
+                    put(attributes[name], get(value))  # other objects may share it
+                    continue
+            attributes[name] = value
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1197,13 +1212,12 @@ class _Dataset(_Stateful):
         """The attributes that an epoch may change but that are not saved, and what tells whether it has, or None."""
         marks: dict[str, Any] = {}
         for name, value in vars(self.member).items():
-            if isinstance(value, keras.layers.Layer):  # may draw random numbers
-                marks[name] = _fingerprint([variable.value for variable in value.variables])
-            elif isinstance(value, keras.random.SeedGenerator):
-                marks[name] = _fingerprint(value.state.value)
+            if isinstance(value, (keras.layers.Layer, keras.random.SeedGenerator)):  # which may draw random numbers
+                states = value.variables if isinstance(value, keras.layers.Layer) else [value.state]
+                marks[name] = _fingerprint([each.value for each in states if "seed_generator_state" in each.path])
             elif self.hooks and not isinstance(value, _CODE) and not self._is_state(value):
                 is_array = isinstance(value, (np.ndarray, jax.Array))
-                marks[name] = _fingerprint(np.atleast_1d(value)[:64]) if is_array else None
+                marks[name] = zlib.crc32(np.asarray(np.atleast_1d(value)[:64]).tobytes()) if is_array else None
         return marks
 
     def compare(self) -> None:
@@ -1838,9 +1852,10 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 
 def _lora(layer: keras.layers.Layer) -> dict[str, Any]:
-    """The arguments with which LoRA was enabled in a layer; empty if it was not."""
-    alpha = {"lora_alpha": layer.lora_alpha} if hasattr(layer, "lora_alpha") else {}  # new in Keras 3.11
-    return {"rank": layer.lora_rank, **alpha} if getattr(layer, "lora_enabled", False) else {}
+    """Rank and alpha of a layer's LoRA; empty if it is not enabled. Keras's own files do not restore alpha."""
+    if not getattr(layer, "lora_enabled", False):
+        return {}
+    return {"rank": layer.lora_rank, "alpha": getattr(layer, "lora_alpha", layer.lora_rank)}
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
@@ -1877,8 +1892,11 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
         for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"]):
             if lora and not layer.lora_enabled:
-                layer.enable_lora(**lora)
-            layer.trainable = is_trainable
+                layer.enable_lora(lora["rank"])
+            if lora:
+                layer.lora_alpha = lora["alpha"]
+            if layer.trainable != is_trainable:
+                layer.trainable = is_trainable
         # The layers come in the same order; variables within a layer may not, but have the same names.
         live = sorted(model.variables, key=lambda variable: _last_name(variable.path))
         saved = sorted(record.model["variables"], key=lambda variable: _last_name(variable[0]))
@@ -1908,23 +1926,25 @@ def _loadable(
 ) -> tuple[keras.Model, _Variables]:
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
     problem = "another tool wrote it" if record is None else record.model.get("error")
-    if record is None or problem is not None:
-        raise CheckpointError(
-            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
-            "does, then call KerasOrbaxCheckpointManager.restore_state()."
-        )
-    with _reading(step, path):
-        archive = _read_archive(path, record) if record.run else None
-    try:
-        model = _rebuilt(record, archive, compile, **scope)
-        return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
-    except Exception as error:
-        error.add_note(
-            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
-            "are custom; or build the model as its script does, and restore it by "
-            "KerasOrbaxCheckpointManager.restore_state()."
-        )
-        raise
+    if record is not None and problem is None:
+        with _reading(step, path):
+            archive = _read_archive(path, record) if record.run else None
+        try:
+            model = _rebuilt(record, archive, compile, **scope)
+        except Exception as error:
+            error.add_note(
+                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
+                "metrics are custom; or build the model as its script does, and restore it by "
+                "KerasOrbaxCheckpointManager.restore_state()."
+            )
+            raise
+        if model.built:
+            return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+        problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+    raise CheckpointError(
+        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+        "does, then call KerasOrbaxCheckpointManager.restore_state()."
+    )
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
@@ -2631,7 +2651,7 @@ class _Preemption:
                 self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
                 undo.callback(signal.signal, number, self._earlier[number])
         if uncaught:
-            _warn(f"{', '.join(number.name for number in uncaught)} is not caught: {reason}.")
+            _warn(f"Not caught: {', '.join(number.name for number in uncaught)}, because {reason}.")
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
@@ -2720,10 +2740,7 @@ class _Run(keras.callbacks.Callback):
         given = {"the data": fit.data, "the validation data": fit.held_out}
         datasets = {p: _Dataset(data, p) for p, data in given.items() if isinstance(data, keras.utils.PyDataset)}
         self.dataset = datasets.get("the data")
-        # Whether the averages are in the model belongs to the model.
-        swaps = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.SwapEMAWeights)]
-        averages = [_Stateful(swap, f"SwapEMAWeights {number}") for number, swap in enumerate(swaps)]
-        self.members = [*callback._stateful, *averages, *datasets.values()]
+        self.members = [*callback._stateful, *datasets.values()]
         self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
@@ -2783,7 +2800,8 @@ class _Run(keras.callbacks.Callback):
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
         for each in self.callback._stateful:
-            if isinstance(each.member, keras.callbacks.Callback) and each.member not in self.fit.callbacks.callbacks:
+            is_idle = all(each.member is not other for other in self.fit.callbacks.callbacks)
+            if isinstance(each.member, keras.callbacks.Callback) and is_idle:
                 _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
         if isinstance(self.fit.held_out, types.GeneratorType):
             _warn(
@@ -2873,6 +2891,7 @@ class _Run(keras.callbacks.Callback):
         for member in self.members:
             if member.place in states:
                 member.put(states[member.place])
+        _are_averages_in(self.fit, own.get("averages"))
         for history in self.histories:
             vars(history).update(_copied(own.get("history", {})))
         if "random" in own:
@@ -3014,8 +3033,9 @@ class _Run(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         self.before_validation = None
-        if self.dataset:
-            self.dataset.compare()
+        for member in self.members:
+            if isinstance(member, _Dataset):
+                member.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":
@@ -3067,6 +3087,7 @@ class _Run(keras.callbacks.Callback):
         own = {
             "random": _random_state(),
             "members": states,
+            "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
             "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
         }

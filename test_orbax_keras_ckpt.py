@@ -597,12 +597,26 @@ def stopping_and_others():
     ]
 
 
+class Averages(keras.callbacks.SwapEMAWeights):
+    """With what cannot be saved, and with methods that do not save whether the averages are in the model."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.lock = threading.Lock()
+
+    def get_state(self):
+        return {}
+
+    def set_state(self, state):
+        pass
+
+
 CALLBACKS = {
     "none": list,
     **{f"{each[0]} {each[1]}": lambda each=each: rude(*each) for each in RUDE},
     "halving": lambda: [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.5)],
     "averages": lambda: [keras.callbacks.SwapEMAWeights()],
-    "averages between epochs": lambda: [keras.callbacks.SwapEMAWeights(swap_on_epoch=True)],
+    "averages between epochs": lambda: [Averages(swap_on_epoch=True)],
     "stopping and others": stopping_and_others,
     "capture": lambda: [Capture()],
     "terminate": lambda: [keras.callbacks.TerminateOnNaN()],
@@ -805,7 +819,7 @@ def test_run_that_another_callback_resumes_is_left_where_it_is(tmp_path):
     assert run(tmp_path / "ours") == [2] and names(tmp_path / "ours") == ["2"]
 
 
-@pytest.mark.parametrize(("optimizer", "is_thawed"), [("Adam", False), ("SGD", True)])
+@pytest.mark.parametrize(("optimizer", "is_thawed"), [("AdamW", False), ("SGD", True)])
 def test_script_of_two_phases_with_optimizers_of_their_own_is_run_again(optimizer, is_thawed, tmp_path):
     def run(directory, place=None):
         seed(3)
@@ -940,7 +954,7 @@ def lora(quantize=None):
     model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(1)])
     if quantize:
         model.layers[0].quantize(quantize)
-    model.layers[0].enable_lora(2)
+    model.layers[0].enable_lora(2, lora_alpha=3)
     return compiled(model)
 
 
@@ -1155,6 +1169,13 @@ class Rows(Dataset):
         self.x = self.x[::-1]
 
 
+class Named(Dataset):
+    names = np.array([["a"], ["b"]], dtype=object)
+
+    def on_epoch_end(self):
+        self.names = self.names[::-1]
+
+
 class Augmented(Plain):
     def __init__(self):
         super().__init__("in order")
@@ -1166,17 +1187,20 @@ class Augmented(Plain):
 
 
 def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
-    def run(data, shuffle=True, stateful=(), **attributes):
+    def run(data, shuffle=True, stateful=(), held_out=None, **attributes):
         model, directory = dense_model(), tempfile.mkdtemp(dir=tmp_path)
         vars(data).update(attributes)
-        model.fit(data, shuffle=shuffle, verbose=0, callbacks=[callback(model, directory, stateful=stateful)])
+        ours = callback(model, directory, stateful=stateful)
+        model.fit(data, shuffle=shuffle, verbose=0, callbacks=[ours], validation_data=held_out)
 
     for message, data, options in (
         ("Dataset has.* in on_epoch_begin and on_epoch_end .* saved: tokens", Dataset("anew"), {"tokens": object()}),
         ("Rows has.* in on_epoch_begin and on_epoch_end that are not saved: x", Rows("anew"), {}),
         ("batches of Plain before the shuffle.* workers=2", Plain("noise", workers=2), {}),
         ("batches of Dataset before the shuffle.* workers=2", Dataset("in place", workers=2), {"shuffle": False}),
+        ("Named has.* that are not saved: names", Named("anew"), {"names": Named.names}),
         ("Augmented has.* attributes that are not saved: drop", Augmented(), {}),
+        ("Augmented has.* attributes that are not saved: drop", Plain("in order"), {"held_out": Augmented()}),
         ("was not passed to fit", Plain("in order"), {"stateful": [STOPPING]}),
     ):
         with pytest.warns(UserWarning, match=message):
