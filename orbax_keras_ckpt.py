@@ -2735,7 +2735,8 @@ class _Run(keras.callbacks.Callback):
 
     def __init__(self, callback: "OrbaxCheckpointCallback", fit: _Fit):
         super().__init__()
-        self.callback, self.fit, self.resumable = callback, fit, callback._resumable
+        self.callback, self.resumable = callback, callback._resumable
+        self.fit: Any = fit
         self._model, self.manager = callback._fitted_model, callback.checkpoint_manager  # Keras's `model` would sync
         given = {"the data": fit.data, "the validation data": fit.held_out}
         datasets = {p: _Dataset(data, p) for p, data in given.items() if isinstance(data, keras.utils.PyDataset)}
@@ -3058,8 +3059,11 @@ class _Run(keras.callbacks.Callback):
                 failure = caught
         if self.resumable is not None:
             self.resumable.end()
+        # This breaks a cycle. Keras 3.10 joins threads when a CallbackList is deleted; when the garbage collector does
+        # that, it can deadlock.
+        fit, self.fit = self.fit, None
         if is_complete:
-            self.callback._done = max(self.callback._done[0], self.fit.epochs), self._model.optimizer
+            self.callback._done = max(self.callback._done[0], fit.epochs), self._model.optimizer
             self.manager._failure = failure  # raised by on_train_end
             return
         if failure is not None:  # not to hide the first error

@@ -34,6 +34,7 @@ import time
 import traceback
 import urllib.request
 import warnings
+import weakref
 import zlib
 
 # What has been compiled once is not compiled again, by no test nor process: five times as fast.
@@ -805,6 +806,23 @@ def test_list_of_callbacks_made_by_the_user_is_served(add_history, tmp_path, mod
     model.fit(X, Y, batch_size=16, epochs=2, verbose=0, callbacks=callbacks)
     assert checkpoint.checkpoint_manager.all_steps() == [0, 1]
     assert fit(model, 2, callback(model, tmp_path)).epoch in ([], [0, 1])
+
+
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_fit_leaves_its_list_of_callbacks_to_no_garbage_collector(how, tmp_path, model):
+    """Which would delete it in any thread. Keras 3.10 joins threads then: a deadlock, in one that has just started."""
+    with pytest.raises(RuntimeError) if how == "raises" else contextlib.nullcontext():
+        others = [At((0, "train", 1), fail)] if how == "raises" else []
+        given = [callback(model, tmp_path), *others]
+        callbacks = keras.callbacks.CallbackList(given, add_history=True, model=model, epochs=1, verbose=0)
+        reference = weakref.ref(callbacks)
+        gc.disable()
+        try:
+            model.fit(X, Y, verbose=0, callbacks=callbacks)
+        finally:
+            del callbacks
+            gc.enable()
+    assert reference() is None
 
 
 def test_run_that_another_callback_resumes_is_left_where_it_is(tmp_path):
