@@ -1720,6 +1720,7 @@ class _Restore:
                 damaged[candidate] = error  # also a mismatch, when newer steps are damaged
             else:
                 self._report([steps[each] for each in damaged], damaged.values(), candidate)
+                damaged.clear()  # errors refer to this frame: a cycle that would keep the callers' variables alive
                 return restored
         if not damaged:
             return None
