@@ -1011,13 +1011,13 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _as_saved(value: Any) -> tuple[str, list[bytes]] | None:
+def _as_saved(value: Any) -> tuple[str, list[memoryview]] | None:
     """A value in the form in which it would be saved; None if it cannot be."""
     try:
         packed, arrays = _packed(value)
     except TypeError:
         return None
-    return json.dumps(packed), [array.tobytes() for array in arrays]
+    return json.dumps(packed), [array.data for array in arrays]
 
 
 # What the script set, by the id of the callback. One given to a second OrbaxCheckpointCallback has changed already.
@@ -2087,8 +2087,8 @@ _LOCK = threading.RLock()  # saves that are asked for in several threads take tu
 
 def _wait_for_saves(directory: epath.Path, besides: Any = None) -> None:
     """Waits for other managers' saves in a directory. A failed save is raised by the manager that started it."""
-    place = os.path.realpath(directory)
-    for each in [each for each in list(_SAVING) if os.path.realpath(each.directory) == place and each is not besides]:
+    others = [each for each in list(_SAVING) if each is not besides]
+    for each in [each for each in others if os.path.realpath(each.directory) == os.path.realpath(directory)]:
         try:
             each.wait_until_finished()
         except CheckpointError as error:
@@ -2337,8 +2337,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return False
         self._model.jax_state_sync()  # within fit, by another callback
         self._describe()  # the model may have been recompiled
-        with _LOCK:
-            return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
+        return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
 
     def _save(
         self,
@@ -2356,30 +2355,31 @@ class KerasOrbaxCheckpointManager(_Hooked):
         `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
         and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs.
         """
-        variables = _variables(self._model, metrics=values is not None)
-        if values is None:
-            values = _values(members.values() for members in variables.values())
-        self._check_is_distributed(values)
-        _wait_for_saves(self.directory, besides=self)
-        self._make_room(step)
-        if not force and not self.should_save(step):
-            return False
-        self.wait_until_finished()
-        self.reload()
-        where, items = self._own_of(own)
-        items["default"] = _tree(variables, values)
-        record = _Record(
-            save=_gather(uuid.uuid4().hex)[0],
-            position=position,
-            variables=_specs(variables, values),
-            metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
-            monitor=self._monitored(),
-            model=self._description[0],
-            versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
-            **where,
-            **notes,
-        )
-        return self._begin(step, record, items)
+        with _LOCK:
+            variables = _variables(self._model, metrics=values is not None)
+            if values is None:
+                values = _values(members.values() for members in variables.values())
+            self._check_is_distributed(values)
+            _wait_for_saves(self.directory, besides=self)
+            self._make_room(step)
+            if not force and not self.should_save(step):
+                return False
+            self.wait_until_finished()
+            self.reload()
+            where, items = self._own_of(own)
+            items["default"] = _tree(variables, values)
+            record = _Record(
+                save=_gather(uuid.uuid4().hex)[0],
+                position=position,
+                variables=_specs(variables, values),
+                metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
+                monitor=self._monitored(),
+                model=self._description[0],
+                versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
+                **where,
+                **notes,
+            )
+            return self._begin(step, record, items)
 
     def _own_of(self, own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
@@ -3111,8 +3111,7 @@ class _Run(keras.callbacks.Callback):
         }
         start, step = time.monotonic(), self._step(self.epoch, self.batches)
         try:
-            with _LOCK:
-                started = self.manager._save(step, position, logs, own=own, **notes, **further)
+            started = self.manager._save(step, position, logs, own=own, **notes, **further)
         except TypeError:
             for member in self.members:
                 member.copy()  # raises with a name, if it is one of these that cannot be saved
