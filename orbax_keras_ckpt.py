@@ -1416,7 +1416,10 @@ def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
     lengths = _gather(len(row))
     row = np.pad(row, (0, max(lengths) - len(row)))[None] if len(row) < max(lengths) else row[None]
     if jax.process_count() == 1:
-        return jax.device_put(row, jax.local_devices(backend="cpu")[0]), lengths
+        device = jax.local_devices()[0]
+        with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave out the CPU
+            device = jax.local_devices(backend="cpu")[0]
+        return jax.device_put(row, device), lengths
     first = {device.process_index: device for device in reversed(jax.devices())}
     mesh = jax.sharding.Mesh([first[process] for process in sorted(first)], "process")
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))

@@ -1655,7 +1655,13 @@ def keep(directory, state=None):
     return values(model), keeper.state
 
 
-def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path):
+def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path, monkeypatch):
+    def without_cpu(**backend):  # as with JAX_PLATFORMS=cuda
+        if backend:
+            raise RuntimeError("Unknown backend cpu")
+        return jax.devices()
+
+    monkeypatch.setattr(jax, "local_devices", without_cpu)
     many = [np.array([i, -i]) for i in range(10_050)]
     small = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
     for name, state in (("many", many), ("small", small)):

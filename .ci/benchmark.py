@@ -5,12 +5,15 @@ maximum) of the rounds; a second one, the median of the ratios to Keras's callba
 The load of the machine is printed before and after: on one that does other work, the figures mean little.
 `training meanwhile` is the speed of training from the start of a save until it is committed, 1 without any save.
 Memory is the growth of the process's peak (Linux), each candidate in a process of its own.
-`python .ci/benchmark.py --idle` measures instead what a batch costs on which nothing is saved.
+On an accelerator, `jax.device_get` of the same arrays is a further candidate: the bandwidth of the bus.
+`python .ci/benchmark.py --idle` measures instead what a batch costs on which nothing is saved, and `--saves 100` how
+the process grows over so many saves.
 """
 
 import os
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share the accelerator
 
 import argparse
 import json
@@ -125,6 +128,19 @@ def raw(model, directory):
     return save, lambda: None, restore
 
 
+def bus(model, directory):
+    variables, host = model.variables + model.optimizer.variables, []
+
+    def save(step):
+        host[:] = jax.device_get([variable.value for variable in variables])
+
+    def restore():
+        for variable, value in zip(variables, host):
+            variable.assign(value)
+
+    return save, lambda: None, restore
+
+
 CANDIDATES = {
     "this module": ours,
     "the guide's version": guide,
@@ -132,7 +148,10 @@ CANDIDATES = {
     ".weights.h5": weights_h5,
     "raw write and fsync": raw,
 }
-BASE = "keras.callbacks.OrbaxCheckpoint"
+BASES = ["keras.callbacks.OrbaxCheckpoint", "raw write and fsync", ".weights.h5"]
+if jax.default_backend() != "cpu":
+    CANDIDATES["jax.device_get, device_put"] = bus
+    BASES.append("jax.device_get, device_put")
 
 
 def clocked(action, *arguments):
@@ -166,6 +185,7 @@ def steps_per_second(model, is_over):
 def training_meanwhile(model, candidate, number):
     """Steps per second from the start of a save until it is committed, in parts of those without a save."""
     save, wait, _ = candidate
+    steps_per_second(model, iter([False, True]).__next__)  # one step, which compiles
     alone_until = time.perf_counter() + 1.5
     alone = steps_per_second(model, lambda: time.perf_counter() > alone_until)
     start = time.perf_counter()
@@ -230,6 +250,21 @@ def memory(name, model, directory):
     return dict(zip(MEMORY, (peak(lambda: (save(0), wait())), peak(restore))))
 
 
+def growth(model, directory, saves, state):
+    """Prints what the process has grown to, in states, after some of many saves, each of a new state."""
+    save, wait, _ = ours(model, directory)
+    status = pathlib.Path("/proc/self/status")
+    for number in range(saves):
+        touch(model, number)
+        save(number)
+        wait()
+        if number + 1 in (1, saves * 3 // 10, saves * 6 // 10, saves):
+            resident = int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024
+            device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+            sizes = f"{resident / state:.2f} states resident, {device / state:.2f} on the device"
+            print(f"after {number + 1} saves: {sizes}", flush=True)
+
+
 def shown(column, values, state):
     if not values:
         return "not measured"
@@ -247,10 +282,10 @@ def table(columns, rows):
 
 def ratios(rounds):
     """For each candidate, the medians of its ratios to others in the same round."""
-    bases = [rounds[base] for base in (BASE, "raw write and fsync", ".weights.h5")]
     for name, rows in rounds.items():
         cells = []
         for column in SECONDS:
+            bases = [rounds[base] for base in BASES if base in rounds]
             pairs = [[row[column] / other[column] for row, other in zip(rows, others)] for others in bases]
             cells.append(" / ".join(f"{statistics.median(pair):.2f}" for pair in pairs))
         yield name, cells
@@ -261,15 +296,17 @@ def main():
     parser.add_argument("--gb", type=float, default=0.4, help="size of the state: weights and Adam's two moments")
     parser.add_argument("--variables", type=int, default=8, help="how many weights it consists of")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--brief", action="store_true", help="without the guide's version, and without training")
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES), help="these candidates")
+    parser.add_argument("--brief", action="store_true", help="without the guide's version, training and memory")
     parser.add_argument("--memory", choices=CANDIDATES, help=argparse.SUPPRESS)  # the process for one candidate
     parser.add_argument("--idle", action="store_true", help="only the cost of a batch on which nothing is saved")
+    parser.add_argument("--saves", type=int, help="only the growth of the process over so many saves")
     options = parser.parse_args()
     if options.idle:
         idle_batch(options.rounds)
         return
     if not options.memory:  # before this program is a load itself
-        print(f"load before: {os.getloadavg()[0]:.2f}", flush=True)
+        print(f"load before: {os.getloadavg()[0]:.2f}, on {jax.devices()[0].device_kind}", flush=True)
     model = build(options.variables, int((options.gb * 1e9 / 12 / options.variables) ** 0.5))
     variables = model.variables + model.optimizer.variables
     state = sum(variable.value.nbytes for variable in variables)
@@ -278,18 +315,23 @@ def main():
         if options.memory:
             print(json.dumps(memory(options.memory, model, work)))
             return
-        names = [name for name in CANDIDATES if not (options.brief and name == "the guide's version")]
+        if options.saves:
+            growth(model, work, options.saves, state)
+            return
+        names = [name for name in options.only if not (options.brief and name == "the guide's version")]
         candidates = {name: CANDIDATES[name](model, tempfile.mkdtemp(dir=work)) for name in names}
         rounds = {name: [] for name in candidates}
         for number in range(options.rounds + 1):  # the first one warms up
             names = list(candidates)
             for name in names[number % len(names) :] + names[: number % len(names)]:  # what comes first may pay for it
                 rounds[name].append(measure(model, candidates[name], number))
+                print(number, name, rounds[name][-1], file=sys.stderr, flush=True)
         rounds = {name: rows[1:] for name, rows in rounds.items()}
         results = {name: {column: [row[column] for row in rows] for column in SECONDS} for name, rows in rounds.items()}
         for name, candidate in candidates.items():
-            # Beyond that, compiling takes minutes.
-            is_trained = options.variables <= 100 and not options.brief
+            if options.brief:
+                continue
+            is_trained = options.variables <= 100  # beyond that, compiling takes minutes
             numbers = range(options.rounds + 1, 2 * options.rounds + 1) if is_trained else ()
             results[name][SPEED] = [training_meanwhile(model, candidate, number) for number in numbers]
             command = [sys.executable, __file__, *sys.argv[1:], "--memory", name]
@@ -298,10 +340,10 @@ def main():
     finally:
         shutil.rmtree(work)
     print(f"{state / 1e9:.2f} GB in {len(variables)} variables, {options.rounds} rounds")
-    columns = (*SECONDS, SPEED, *MEMORY)
+    columns = SECONDS if options.brief else (*SECONDS, SPEED, *MEMORY)
     rows = {name: [shown(column, result[column], state) for column in columns] for name, result in results.items()}
     print("\n".join(table(columns, rows)))
-    print("\nto Keras's callback / to the raw write / to .weights.h5")
+    print(f"\nratios to {' / '.join(base for base in BASES if base in rounds)}")
     print("\n".join(table(SECONDS, dict(ratios(rounds)))))
     print(f"load after: {os.getloadavg()[0]:.2f}")
 
