@@ -37,7 +37,8 @@ import warnings
 import weakref
 import zlib
 
-# What has been compiled once is not compiled again, by no test nor process: five times as fast.
+# What has been compiled once is not compiled again, by no test nor process: five times as fast. Nor is it optimized.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="compiled."))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
