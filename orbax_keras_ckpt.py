@@ -274,7 +274,6 @@ class _Record:
     metrics: dict[str, float]
     monitor: list[str] | None  # what decides which checkpoint is best, and "min" or "max"
     model: dict[str, Any]
-    versions: dict[str, str]
     own: Any  # the state of this process, packed; None if it is in the item "run"
     run: list[int] | None  # the size in bytes of each process's archive in the item "run", if there is one
     # Written by the callback:
@@ -2378,7 +2377,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
                 monitor=self._monitored(),
                 model=self._description[0],
-                versions={library.__name__: library.__version__ for library in (keras, jax, ocp)},
                 **where,
                 **notes,
             )
