@@ -521,7 +521,18 @@ def _move(path: epath.Path, target: epath.Path) -> None:
 
 
 class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush."""
+    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush.
+
+    Another process may, by mistake, be saving the same step: each save has a folder of its own.
+    """
+
+    save = ""  # the id of the save that is about to begin
+
+    @classmethod
+    def from_final(cls, final_path: epath.Path, **options: Any) -> "_FlushedPath":
+        path: Any = super().from_final(final_path, **options)
+        path._tmp_path = path._tmp_path.parent / f"{path._tmp_path.name}-{cls.save}"
+        return path
 
     def finalize(self) -> Any:
         if self._checkpoint_metadata_store is None:  # an item inside a step
@@ -552,8 +563,8 @@ class _Hooked(ocp.CheckpointManager):
         delete = deleter.delete
 
         def marked_delete(step: int) -> None:
-            self._unmark(step)
-            delete(step)
+            if self._unmark(step):
+                delete(step)
 
         deleter.delete, deleter.delete_steps = marked_delete, self._after_commit
 
@@ -1450,7 +1461,8 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
-_CONTENTS = {_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
+_MARKERS = {_METADATA, _COMMITTED}
+_CONTENTS = {*_MARKERS, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
 _PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
@@ -1485,10 +1497,11 @@ def _unmark(path: epath.Path) -> None:
 def _may_be_step(path: epath.Path) -> bool:
     """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
-        items = _entries(path)
-        parts = [part.name for item in items if item.is_dir() for part in _entries(item)]
+        folders = {item: item.is_dir() for item in _entries(path)}
+        parts = [part.name for item, is_folder in folders.items() if is_folder for part in _entries(item)]
         own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
-        return _CONTENTS.issuperset(item.name for item in items) and not own
+        own += [item.name for item, is_folder in folders.items() if is_folder == (item.name in _MARKERS)]
+        return _CONTENTS.issuperset(item.name for item in folders) and not own
     return False
 
 
@@ -1639,14 +1652,21 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
     return record.variables if record else _foreign_variables(_array_folder(path))
 
 
+def _rated(metrics: Mapping[str, float], name: Any) -> float:
+    """The metric of that name, or the value of a user's function of the metrics; NaN if a metric is missing."""
+    with contextlib.suppress(LookupError):
+        value: Any = name(metrics) if callable(name) else metrics[name]
+        return float(value)
+    return math.nan
+
+
 def _best(records: Mapping[int, _Record], monitored: Sequence[Any] | None = None) -> int | None:
     """The best step by a metric, or a function of the metrics, and "min" or "max"; by default as the newest names."""
     monitored = monitored or (records[max(records)].monitor if records else None)
     if monitored is None:
         return None
     name, mode = monitored
-    score: Any = name if callable(name) else lambda metrics: metrics.get(name, math.nan)
-    values = {step: score(record.metrics) for step, record in records.items() if record.metrics}
+    values = {step: _rated(record.metrics, name) for step, record in records.items() if record.metrics}
     values = {step: value for step, value in values.items() if not math.isnan(value)}
     return (max if mode == "max" else min)(sorted(values, reverse=True), key=values.__getitem__, default=None)
 
@@ -1808,11 +1828,15 @@ class _Restore:
         """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
         if not paths:
             return
-        with _agreed():
-            is_mine = self.sets_aside and jax.process_index() == 0
-            # Another run's retention may have deleted one in the meantime.
-            names = [_set_aside(path, _DAMAGED) for path in paths if is_mine and path.exists()]
-        aside = f" They are set aside as {', '.join(names)}." if names else ""
+        names, aside = [], ""
+        for path in paths if self.sets_aside and jax.process_index() == 0 else ():
+            try:
+                if path.exists():  # another run's retention may have deleted it in the meantime
+                    names.append(_set_aside(path, _DAMAGED))
+            except OSError as error:
+                aside += f" {path.name} cannot be renamed: {error.strerror}."
+        _gather(None)  # the others wait for the renaming
+        aside += f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
 
@@ -2032,6 +2056,8 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
     path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
+    if "\\" in path:
+        raise ValueError(f"checkpoint_dir={path!r}: TensorStore takes a backslash for '/'. Give a path without any.")
     if "://" not in path:
         return epath.Path(os.path.abspath(os.path.expanduser(path)))
     if not re.match("gs://[^/]+/[^/]", path):
@@ -2063,6 +2089,8 @@ def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
 def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
     """The path of a directory that is writable, created if missing, or only readable with `read_only`."""
     directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
+    if options.get("todelete_full_path") and not _is_bucket(directory):
+        raise ValueError("todelete_full_path is for buckets only. Give todelete_subdir instead, or neither.")
     if _is_bucket(directory):
         _check_bucket(directory, is_read_only)
     elif is_read_only:
@@ -2162,6 +2190,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     ):
         """Opens the directory, and creates it if it is missing."""
         _check_backend()
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # the default of Orbax's options
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
         _check_seams(model)
         with _agreed():
@@ -2223,8 +2252,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
-        score, mode = self._best_fn or (lambda found: found.get(str(self._monitor), math.nan), self._resolved_mode())
-        value = score(metrics)
+        name, mode = self._best_fn or (str(self._monitor), self._resolved_mode())
+        value = _rated(metrics, name)
         return -math.inf if math.isnan(value) else value if mode == "max" else -value
 
     def _resolved_mode(self) -> str:
@@ -2281,11 +2310,18 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
         return metrics if metrics or self._monitor is not None else None
 
-    def _unmark(self, step: int) -> None:
-        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step."""
+    def _unmark(self, step: int) -> bool:
+        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step.
+
+        Returns False for a symbolic link, which alone is deleted: the step belongs to another directory.
+        """
         path = _steps(self.directory, self._prefix).get(step)
-        if jax.process_index() == 0 and path is not None and not self._keeps_deleted:
+        is_link, is_mine = path is not None and os.path.islink(path), jax.process_index() == 0
+        if path is not None and is_mine and is_link:
+            path.unlink()
+        elif path is not None and is_mine and not self._keeps_deleted:
             _unmark(path)
+        return not is_link
 
     def _after_commit(self, outdated: Sequence[int]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
@@ -2298,6 +2334,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 action()
             except OSError as error:  # the new step is committed: this must not fail its save
                 self._undeleted.append(str(error))
+
+    def delete(self, step: int) -> None:
+        """Deletes a step, once saves in progress are committed."""
+        self.wait_until_finished()
+        super().delete(step)
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
@@ -2394,7 +2435,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
         """Hands a save to Orbax, which continues it in the background."""
-        self._arrays.save = self._meetings.save = record.save
+        self._arrays.save = self._meetings.save = _FlushedPath.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
@@ -2523,8 +2564,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._settle()
         is_committed = False
         with contextlib.suppress(OSError):  # another error is on its way
-            for _, path in [each for each in _temporary(self.directory, self._prefix) if each[0] == step]:
-                if jax.process_index() == 0:
+            for number, path in _temporary(self.directory, self._prefix):
+                is_own = str(save) in path.name or _is_bucket(path)
+                if number == step and is_own and jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             path = _steps(self.directory, self._prefix).get(step)
@@ -2748,6 +2790,8 @@ class _Run(keras.callbacks.Callback):
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
+        self.is_live = False  # whether this process has trained up to the newest checkpoint itself
+        self.aborted: Any = None  # the optimizer of the callback's last fit, if that raised
         self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
         self.batches = self.count = 0  # read in the whole run, and from Keras's present iterator
         self.iterator: Any = None  # over batches
@@ -2771,6 +2815,7 @@ class _Run(keras.callbacks.Callback):
         self.undo.callback(_unwatch_fit, self._model)
         self._check()
         rate = _learning_rate(self._model)
+        self.aborted, self.callback._training = self.callback._training, self._model.optimizer
         found = self.manager._restore(None, self._plan, donate=True)
         self.batches = self.start.batches or 0
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
@@ -2783,7 +2828,10 @@ class _Run(keras.callbacks.Callback):
             self._say_loaded(rate)
         if self.resumable is not None:
             self.resumable.begin(self.restored.own.get("state"))  # may draw from torch's random generator
-        self._put_back(self.restored.own)
+        own = dict(self.restored.own)
+        if self.is_live:
+            own.pop("random", None)  # what the script has drawn since then belongs to the run
+        self._put_back(own)
         *others, metrics = _train_state(self._model)
         self.before_batch = _references(others), _copies(metrics)
         self.preemption = _Preemption(self.callback._signals, self.undo)
@@ -2828,6 +2876,9 @@ class _Run(keras.callbacks.Callback):
         done, optimizer = self.callback._done
         is_of_here = record is not None and not record.unfinished and start.epoch <= done
         is_other = is_of_here and self._model.optimizer is not optimizer
+        self.is_live = is_of_here and self.aborted is None
+        if is_other and self._model.optimizer is self.aborted:
+            _warn("The model's optimizer was trained in a fit that was aborted, and keeps that state. Compile it anew.")
         if record is not None and start[:2] > (self.fit.epochs, 0):
             live, names = _variables(self._model), _automatic_names(self._model)
             _, differences = _compare(live, record.variables, True, names, True)
@@ -3066,6 +3117,7 @@ class _Run(keras.callbacks.Callback):
         fit, self.fit = self.fit, None
         if is_complete:
             self.callback._done = max(self.callback._done[0], fit.epochs), self._model.optimizer
+            self.callback._training = None
             self.manager._failure = failure  # raised by on_train_end
             return
         if failure is not None:  # not to hide the first error
@@ -3256,6 +3308,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._verbose = verbose
         self._resumable: _Resumable | None = None
         self._done: tuple[int, Any] = 0, None  # epochs completed by this callback, and the optimizer at that time
+        self._training: Any = None  # the optimizer of a fit that has begun and not returned
 
     def resumable(self, data: Any) -> Iterator[Any]:
         """Wraps a data iterator or loader so that its position is saved with each checkpoint.

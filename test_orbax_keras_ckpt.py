@@ -847,17 +847,31 @@ def test_script_of_two_phases_with_optimizers_of_their_own_is_run_again(optimize
         seed(3)
         model = dense_model()
         model.layers[0].trainable = not is_thawed
-        checkpoint = callback(compiled(model), directory)
-        fit(model, 2, checkpoint)
+        checkpoint = [callback(compiled(model), directory)] if directory else []
+        fit(compiled(model), 2, *checkpoint)
+        np.random.random()
         model.layers[0].trainable = True
         compiled(model, getattr(keras.optimizers, optimizer)(0.002))
         with pytest.raises(SystemExit) if place else contextlib.nullcontext():
-            fit(model, 4, checkpoint, At(place))
+            fit(model, 4, *checkpoint, At(place), initial_epoch=2)
         return values(model)
 
     for place in [(2, "train", 1), (2, "ends", 0), (3, "train", 2)]:
         run(tmp_path / "killed", place)
-    assert_equal(run(tmp_path / "killed"), run(tmp_path / "at once"))
+    expected = run(None)
+    assert_equal(run(tmp_path / "killed"), expected)
+    assert_equal(run(tmp_path / "at once"), expected)
+
+
+def test_optimizer_that_an_aborted_fit_has_trained_is_reported(tmp_path, model):
+    checkpoint = callback(model, tmp_path)
+    fit(model, 1, checkpoint)
+    compiled(model)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, 2, checkpoint, At((1, "train", 1), fail))
+    with pytest.warns(UserWarning, match="trained in a fit that was aborted, and keeps that state. Compile it anew"):
+        fit(model, 2, checkpoint)
+    fit(compiled(model), 3, checkpoint)
 
 
 # ------------------------------------------------------------------------------------------------ P2: bit for bit
@@ -1551,7 +1565,7 @@ def test_bucket_serves_as_a_directory_does(tmp_path):
 
 
 def test_folders_of_the_user_are_left_alone_whatever_their_names_and_refused_where_a_step_goes(tmp_path, model):
-    for name in ("1/run/thesis.txt", "2/metrics/a.csv", "4/notes.txt", "7/default/notes.txt"):
+    for name in ("1/run/thesis.txt", "2/metrics", "4/notes.txt", "7/default/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("mine")
     save(model, tmp_path / "3/run", 0, 1)
@@ -1873,6 +1887,25 @@ def test_options_of_orbax_get_through(tmp_path):
     assert manager.best_step() == manager.restore_state("best") == 0
     save(model, tmp_path / "plain", *range(3), max_to_keep=1, step_prefix="", enable_background_delete=True)
     assert names(tmp_path / "plain") == ["2"]
+    none = dict.fromkeys(["preservation_policy", "best_fn", "save_interval_steps", "multiprocessing_options"])
+    assert save(model, tmp_path / "none", *range(4), max_to_keep=2, **none).all_steps() == [2, 3]
+    partly = KerasOrbaxCheckpointManager(model, tmp_path / "partly", 1, best_fn=lambda metrics: metrics["loss"])
+    for epoch, metrics in enumerate([{"loss": 1}, {"other": 1}, {"loss": 0}]):
+        partly.save_state(epoch, metrics=metrics)
+    partly.wait_until_finished()
+    assert partly.all_steps() == [0, 2] and partly.best_step() == 0
+    partly.save_state(3)
+    partly.delete(3)  # once it is committed, and step 2 is gone
+    assert partly.all_steps() == [0] and names(tmp_path / "partly") == ["0"] and is_intact(tmp_path / "partly")
+
+
+def test_step_of_another_directory_behind_a_link_is_left_alone(trained, tmp_path):
+    before, linked = contents(trained[1]), tmp_path / "2"
+    linked.symlink_to(trained[1] / "2")
+    model = dense_model()
+    assert restore(model, tmp_path) == 2
+    save(model, tmp_path, 3, 4, max_to_keep=1)
+    assert names(tmp_path) == ["4"] and contents(trained[1]) == before
 
 
 MONITORED = [  # mode, options, losses, the steps that are kept, the best one
@@ -1946,11 +1979,14 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, public
             if how == "removed":
                 shutil.rmtree(directory)
             else:
+                (directory / "2.orbax-checkpoint-tmp-of another process").mkdir()
                 stack.enter_context(full_disk(100_000) if how == "full" else nobody())
 
     with contextlib.ExitStack() as stack, pytest.raises(CheckpointError, match=FAILURES[how]) as raised:
         fit(model, 4, checkpoint, on(on_epoch_begin=spoil))
     assert str(raised.value).startswith(f"Saving step 2 in {directory} has failed")
+    if how != "removed":
+        assert names(directory) == ["0", "1", "2.orbax-checkpoint-tmp-of another process"]
     directory.mkdir(exist_ok=True)
     again = stacked(layers.Dense(40_000), layers.Dense(1))
     checkpoint = callback(again, directory, None)
@@ -1958,7 +1994,7 @@ def test_failed_write_raises_and_is_not_listed_and_a_rerun_continues(how, public
     assert manager.all_steps() == ([] if how == "removed" else [0, 1])
     assert [manager.restore_state(step) for step in manager.all_steps()] == manager.all_steps()
     fit(again, 4, checkpoint)
-    assert manager.all_steps() == [0, 1, 2, 3]
+    assert manager.all_steps() == [0, 1, 2, 3] and names(directory) == ["0", "1", "2", "3"]
 
 
 def test_whatever_system_call_fails_the_run_says_so_or_is_as_ever_and_a_rerun_goes_on(tmp_path):
@@ -2278,6 +2314,11 @@ def test_trouble_with_reaching_the_store_is_not_damage(trained, public_path):
             reading.restore_state()
         path.chmod(mode)
         assert not isinstance(raised.value, CheckpointError) and "damaged" not in str(raised.value)
+    assert names(directory) == ["0", "1", "2"]
+    flip(data_file(directory / "2"))
+    directory.chmod(0o1777)  # where only their owner may rename the steps
+    with nobody(), pytest.warns(UserWarning, match="Step 1 is restored.* 2 cannot be renamed: Operation not permitted"):
+        assert manager.restore_state() == 1
     assert names(directory) == ["0", "1", "2"]
     shutil.rmtree(directory)
     with pytest.raises(FileNotFoundError) as raised:
@@ -2661,6 +2702,8 @@ REFUSED = {
     "no list": making(stateful=STOPPING, fragment="give a list or tuple"),
     "by batches": making(fragment="monitor='loss' needs save_freq=\"epoch\"", save_freq=3, monitor="loss"),
     "best_fn": making(fragment="best_fn", monitor="loss", best_fn=len),
+    "backslash": making(checkpoint_dir="/tmp/a\\b", fragment="TensorStore takes a backslash for '/'"),
+    "bucket's option": making(todelete_full_path="trash", fragment="todelete_full_path is for buckets only"),
     "file": making(OSError, checkpoint_dir=__file__, fragment="checkpoint_dir"),
     "below a file": making(OSError, checkpoint_dir=f"{__file__}/below", fragment="checkpoint_dir"),
     "unwritable": making(OSError, checkpoint_dir="/proc/ckpt", fragment="Choose another directory"),
