@@ -797,7 +797,8 @@ def _check_paths(paths: list[str]) -> None:
         if names[path.replace("/", ".")] > 1 or path in folders:
             raise ValueError(
                 f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
-                "checkpoint could not tell them apart. Give their layers different names (name=...)."
+                "checkpoint could not tell them apart. Give their layers different names (name=..., or clone_function=... of "
+                "keras.models.clone_model)."
             )
 
 
@@ -1654,10 +1655,13 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
 
 def _rated(metrics: Mapping[str, float], name: Any) -> float:
     """The metric of that name, or the value of a user's function of the metrics; NaN if a metric is missing."""
-    with contextlib.suppress(LookupError):
-        value: Any = name(metrics) if callable(name) else metrics[name]
-        return float(value)
-    return math.nan
+    if not callable(name):
+        return metrics.get(name, math.nan)
+    try:
+        return name(metrics)
+    except LookupError as error:
+        _warn(f"best_fn raises {error!r} for the metrics of a checkpoint, which therefore counts as the worst.")
+        return math.nan
 
 
 def _best(records: Mapping[int, _Record], monitored: Sequence[Any] | None = None) -> int | None:
@@ -3227,7 +3231,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     `epochs`. Batches of that epoch already trained on are skipped, so the data must come in the same order. If
     the run is complete, or was stopped by another callback, `fit` loads the final state and returns. `fit`
     returns only when every save is committed. Pass one such callback per `fit`, anywhere in the list. A second
-    `fit` with the same callback continues too; a model recompiled in between keeps its new optimizer.
+    `fit` with the same callback continues too, and its `History` has all epochs. A model recompiled in between
+    keeps its new optimizer; other changes to its state since the last checkpoint are undone.
 
     Example:
 
