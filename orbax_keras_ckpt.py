@@ -797,8 +797,8 @@ def _check_paths(paths: list[str]) -> None:
         if names[path.replace("/", ".")] > 1 or path in folders:
             raise ValueError(
                 f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
-                "checkpoint could not tell them apart. Give their layers different names (name=..., or clone_function=... of "
-                "keras.models.clone_model)."
+                "checkpoint could not tell them apart. Give their layers different names: by name=..., or by "
+                "clone_function=... of keras.models.clone_model."
             )
 
 
@@ -2067,7 +2067,7 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
     if not re.match("gs://[^/]+/[^/]", path):
         raise ValueError(
             f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, because Orbax writes to no other. "
-            "Mount another store as a directory (s3:// by Mountpoint or s3fs-fuse), or give a local path."
+            "Mount another store as a directory (s3:// by s3fs-fuse), or give a local path."
         )
     return epath.Path(path)
 
