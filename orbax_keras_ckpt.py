@@ -1655,10 +1655,9 @@ def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list
 
 def _rated(metrics: Mapping[str, float], name: Any) -> float:
     """The metric of that name, or the value of a user's function of the metrics; NaN if a metric is missing."""
-    if not callable(name):
-        return metrics.get(name, math.nan)
+    score: Any = name if callable(name) else lambda found: found.get(name, math.nan)
     try:
-        return name(metrics)
+        return score(metrics)
     except LookupError as error:
         _warn(f"best_fn raises {error!r} for the metrics of a checkpoint, which therefore counts as the worst.")
         return math.nan
