@@ -1463,7 +1463,7 @@ _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _REPLACED, _DAMAGED = ".replaced", ".damaged"
 _MARKERS = {_METADATA, _COMMITTED}
-_CONTENTS = {*_MARKERS, "default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
+_ITEMS = {"default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
 _PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
 _STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
 _TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
@@ -1501,8 +1501,7 @@ def _may_be_step(path: epath.Path) -> bool:
         folders = {item: item.is_dir() for item in _entries(path)}
         parts = [part.name for item, is_folder in folders.items() if is_folder for part in _entries(item)]
         own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
-        own += [item.name for item, is_folder in folders.items() if is_folder == (item.name in _MARKERS)]
-        return _CONTENTS.issuperset(item.name for item in folders) and not own
+        return not own and all(item.name in (_ITEMS if is_folder else _MARKERS) for item, is_folder in folders.items())
     return False
 
 
@@ -1832,13 +1831,13 @@ class _Restore:
         if not paths:
             return
         names, aside = [], ""
-        for path in paths if self.sets_aside and jax.process_index() == 0 else ():
-            try:
-                if path.exists():  # another run's retention may have deleted it in the meantime
-                    names.append(_set_aside(path, _DAMAGED))
-            except OSError as error:
-                aside += f" {path.name} cannot be renamed: {error.strerror}."
-        _gather(None)  # the others wait for the renaming
+        with _agreed():
+            for path in paths if self.sets_aside and jax.process_index() == 0 else ():
+                try:
+                    if path.exists():  # another run's retention may have deleted it in the meantime
+                        names.append(_set_aside(path, _DAMAGED))
+                except OSError as error:
+                    aside += f" {path.name} cannot be renamed: {error.strerror}."
         aside += f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in errors])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
@@ -2319,12 +2318,14 @@ class KerasOrbaxCheckpointManager(_Hooked):
         Returns False for a symbolic link, which alone is deleted: the step belongs to another directory.
         """
         path = _steps(self.directory, self._prefix).get(step)
-        is_link, is_mine = path is not None and os.path.islink(path), jax.process_index() == 0
-        if path is not None and is_mine and is_link:
+        if path is None or jax.process_index() != 0:
+            return True
+        if os.path.islink(path):
             path.unlink()
-        elif path is not None and is_mine and not self._keeps_deleted:
+            return False
+        if not self._keeps_deleted:
             _unmark(path)
-        return not is_link
+        return True
 
     def _after_commit(self, outdated: Sequence[int]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""

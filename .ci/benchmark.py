@@ -231,17 +231,17 @@ def idle_batch(rounds, batches=20_000):
     print(f"a batch: {alone:.1f} us alone, {ours:.1f} us with the callback (its last save included), {rounds} rounds")
 
 
+def resident(name="VmRSS"):
+    """The process's memory, or with "VmHWM" its peak, in bytes."""
+    return int(pathlib.Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+
+
 def peak(action):
     """Growth of the process's peak memory while `action` runs, in bytes."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    status = pathlib.Path("/proc/self/status")
-
-    def read(name):
-        return int(status.read_text().split(name + ":")[1].split()[0]) * 1024
-
-    before = read("VmRSS")
+    before = resident()
     action()
-    return read("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def memory(name, model, directory):
@@ -253,15 +253,13 @@ def memory(name, model, directory):
 def growth(model, directory, saves, state):
     """Prints what the process has grown to, in states, after some of many saves, each of a new state."""
     save, wait, _ = ours(model, directory)
-    status = pathlib.Path("/proc/self/status")
     for number in range(saves):
         touch(model, number)
         save(number)
         wait()
         if number + 1 in (1, saves * 3 // 10, saves * 6 // 10, saves):
-            resident = int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024
             device = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
-            sizes = f"{resident / state:.2f} states resident, {device / state:.2f} on the device"
+            sizes = f"{resident() / state:.2f} states resident, {device / state:.2f} on the device"
             print(f"after {number + 1} saves: {sizes}", flush=True)
 
 
@@ -282,10 +280,10 @@ def table(columns, rows):
 
 def ratios(rounds):
     """For each candidate, the medians of its ratios to others in the same round."""
+    bases = [rounds[base] for base in BASES if base in rounds]
     for name, rows in rounds.items():
         cells = []
         for column in SECONDS:
-            bases = [rounds[base] for base in BASES if base in rounds]
             pairs = [[row[column] / other[column] for row, other in zip(rows, others)] for others in bases]
             cells.append(" / ".join(f"{statistics.median(pair):.2f}" for pair in pairs))
         yield name, cells
@@ -328,9 +326,7 @@ def main():
                 print(number, name, rounds[name][-1], file=sys.stderr, flush=True)
         rounds = {name: rows[1:] for name, rows in rounds.items()}
         results = {name: {column: [row[column] for row in rows] for column in SECONDS} for name, rows in rounds.items()}
-        for name, candidate in candidates.items():
-            if options.brief:
-                continue
+        for name, candidate in () if options.brief else candidates.items():
             is_trained = options.variables <= 100  # beyond that, compiling takes minutes
             numbers = range(options.rounds + 1, 2 * options.rounds + 1) if is_trained else ()
             results[name][SPEED] = [training_meanwhile(model, candidate, number) for number in numbers]
