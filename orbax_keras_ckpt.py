@@ -44,8 +44,6 @@ Not promised:
   those of process 0.
 - Detection of damage in checkpoints written by other tools, which have no checksums.
 - Validation that changes non-trainable variables larger than 1 MiB, if a signal interrupts it.
-- On Python 3.12 and later, a manual `save_state()` that is still running when the script ends: Python starts no
-  threads then, and the save fails with a message. Call `close()` or `wait_until_finished()` first.
 
 On disk, where step 2 is the newest, readable with plain Orbax:
 
@@ -2384,7 +2382,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
             return False
         self._model.jax_state_sync()  # within fit, by another callback
         self._describe()  # the model may have been recompiled
-        return self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
+        started = self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
+        if (3, 12) <= sys.version_info < (3, 12, 3):  # a commit starts threads, which these refuse when the script ends
+            self.wait_until_finished()
+        return started
 
     def _save(
         self,
@@ -2576,7 +2577,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
-        text += " Call close() before the script ends." if "shutdown" in text else ""
         if not is_committed:
             raise CheckpointError(
                 f"Saving step {step} in {self.directory} has failed: that step does not exist. Earlier "

@@ -1422,13 +1422,11 @@ def test_whenever_a_run_is_killed_or_the_power_goes_a_committed_state_is_left(ki
     assert count > 60 and set(least.values()) == {28 if kind == "damaged" else 21}
 
 
-def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk_or_says_that_it_failed(tmp_path):
+def test_script_whose_last_line_is_a_save_ends_with_that_save_on_disk(tmp_path):
     command = [sys.executable, __file__, "last_line", str(tmp_path)]  # which, unlike a fork, ends by itself
     done = subprocess.run(command, capture_output=True, text=True)
-    if sys.version_info >= (3, 12) and done.stderr:  # which starts no threads then, and a commit needs some
-        assert "Saving step 0" in done.stderr and "has failed" in done.stderr
-        return
-    assert (done.returncode, done.stderr) == (0, "")
+    said = [line for line in done.stderr.splitlines() if "_SignalingThread.join" not in line]  # by Orbax 0.11.30
+    assert (done.returncode, said) == (0, [])
     assert load_model(tmp_path).optimizer is not None
 
 
