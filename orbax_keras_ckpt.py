@@ -1061,6 +1061,8 @@ class _Stateful:
         self._initial: dict[str, Any] = {}
         if methods is None:
             self._initial = self._script_values()
+        else:
+            self.copy()  # raises if the state cannot be saved
 
     def _script_values(self) -> dict[str, Any]:
         if id(self.member) not in _INITIAL:
@@ -2432,9 +2434,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
         packed, arrays = _packed(own)
-        size = sum(array.nbytes for array in arrays) + len(json.dumps(packed))
-        if jax.process_count() == 1 and not assets and size < _SMALL_BYTES_OF_JSON:
-            return {"own": _pack(own), "run": None}, {}
+        is_small = not assets and not arrays and len(json.dumps(packed)) < _SMALL_BYTES_OF_JSON
+        if jax.process_count() == 1 and is_small:
+            return {"own": packed, "run": None}, {}
         rows, lengths = _rows(_archive(packed, arrays, assets))
         return {"own": None, "run": lengths}, {"run": {"rows": rows}}
 

@@ -1697,6 +1697,8 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
         vars(member := keras.callbacks.Callback())["odd"] = odd
         with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"):
             callback(model, tmp_path / "new", stateful=[member])
+    with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Keeper\) cannot be saved"):
+        callback(model, tmp_path / "new", stateful=[Keeper({"odd": object()})])
     assert_equal(values(model), before)
     member = Member()
     spoil = on(on_epoch_end=lambda epoch, logs: epoch and setattr(member, "parts", [object()]))
