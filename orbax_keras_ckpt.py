@@ -795,7 +795,7 @@ def _check_paths(paths: list[str]) -> None:
         if names[path.replace("/", ".")] > 1 or path in folders:
             raise ValueError(
                 f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
-                "checkpoint could not tell them apart. Give their layers different names: by name=..., or by "
+                "checkpoint could not tell them apart. Give them or their layers different names: by name=..., or by "
                 "clone_function=... of keras.models.clone_model."
             )
 
@@ -1766,7 +1766,7 @@ class _Restore:
                 )
         if step is not None and (isinstance(step, (str, bool)) or step not in steps):
             raise _no_such_step(step, self.directory, steps)
-        return step
+        return None if step is None else int(step)
 
     def _identity(self, step: int) -> Any:
         """What distinguishes this step from a later one with the same number."""
@@ -1950,12 +1950,18 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
+def _calls(config: Mapping[str, Any]) -> int:
+    """How many inputs all calls of layers in a model's config have together."""
+    return json.dumps(config).count('"keras_history"')
+
+
 def _loadable(
     step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any
 ) -> tuple[keras.Model, _Variables]:
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
     problem = "another tool wrote it" if record is None else record.model.get("error")
     if record is not None and problem is None:
+        calls = _calls(record.model)
         with _reading(step, path):
             archive = _read_archive(path, record) if record.run else None
         try:
@@ -1967,9 +1973,13 @@ def _loadable(
                 "KerasOrbaxCheckpointManager.restore_state()."
             )
             raise
-        if model.built:
+        rebuilt, _ = _described(model)
+        if not model.built:
+            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+        elif "error" not in rebuilt and _calls(rebuilt) != calls:
+            problem = "Keras loses calls of layers that a nested model shares with the model around it"
+        else:
             return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
-        problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
     raise CheckpointError(
         f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
         "does, then call KerasOrbaxCheckpointManager.restore_state()."
@@ -1980,7 +1990,8 @@ def _unsaved_state(model: keras.Model) -> list[str]:
     """Names of layers whose own `save_own_variables` saves more than their variables."""
     names = []
     for layer in _layers(model):
-        if not layer.save_own_variables.__module__.startswith(("keras.", "keras_hub.")):
+        # Keras's own layers save variables in other forms; without variables, StringLookup saves the weights of tf_idf.
+        if not layer.variables or not layer.save_own_variables.__module__.startswith(("keras.", "keras_hub.")):
             stored: dict[str, Any] = {}
             layer.save_own_variables(stored)
             known = [np.asarray(variable.value) for variable in layer.variables]
@@ -2044,11 +2055,15 @@ def _check_arguments(
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
     _check_keywords(KerasOrbaxCheckpointManager, options)
-    if "/" in (options.get("step_prefix") or ""):
+    kinds: dict[str, Any] = {"step_prefix": str, "keep_time_interval": datetime.timedelta, "best_fn": Callable}
+    for name, kind in kinds.items():
+        if name in options and not isinstance(options[name], kind):
+            raise ValueError(f"{name}={options[name]!r}: give a {kind.__name__}.")
+    for name in ("save_interval_steps", "keep_period", "step_format_fixed_length"):
+        if name in options and not _is_count(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: give a number, 1 or more.")
+    if "/" in options.get("step_prefix", ""):
         raise ValueError(f"step_prefix={options['step_prefix']!r}: give a name without '/'.")
-    for name in ("save_interval_steps", "keep_period"):
-        if options.get(name) is not None and not _is_count(options[name]):
-            raise ValueError(f"{name}={options[name]!r}: give a number of steps, 1 or more.")
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
@@ -2060,12 +2075,12 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
         raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
     if "\\" in path:
         raise ValueError(f"checkpoint_dir={path!r}: TensorStore takes a backslash for '/'. Give a path without any.")
-    if "://" not in path:
+    if not re.match(r"\w+:/", path):
         return epath.Path(os.path.abspath(os.path.expanduser(path)))
     if not re.match("gs://[^/]+/[^/]", path):
         raise ValueError(
-            f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, because Orbax writes to no other. "
-            "Mount another store as a directory (s3:// by s3fs-fuse), or give a local path."
+            f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, as str or epath.Path, because Orbax "
+            "writes to no other. Mount another store as a directory (s3:// by s3fs-fuse), or give a local path."
         )
     return epath.Path(path)
 
@@ -2374,12 +2389,15 @@ class KerasOrbaxCheckpointManager(_Hooked):
             True if a save was started, False if Orbax's options (such as `save_interval_steps`) skip this step.
 
         Raises:
-            ValueError: The step is not above the newest one, or the model is not compiled or not built.
+            ValueError: The step is not above the newest one, an argument is invalid, or the model is not compiled or
+                not built.
             CheckpointError: This save, or the previous one in the background, has failed; the message says
                 which.
         """
         if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
             raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise ValueError(f"metrics={metrics!r}: give a dictionary of numbers, such as the logs of an epoch.")
         if self._read_only:
             return False
         self._model.jax_state_sync()  # within fit, by another callback
