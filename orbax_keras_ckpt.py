@@ -198,6 +198,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
     "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
     "scalar": lambda array: array[()],
     "jax": jax.numpy.asarray,
+    "key": lambda data, implementation: jax.random.wrap_key_data(data, impl=implementation),
     "torch": lambda array: sys.modules["torch"].from_numpy(array),
     "name": _NAMED.__getitem__,
 }
@@ -218,7 +219,9 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
         return {"bytes": len(arrays) - 1}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # keys, parts of other processes
+    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+        return {"key": [pack(jax.random.key_data(value)), str(jax.random.key_impl(value))]}
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # parts of other processes
         if isinstance(value, (np.generic, jax.Array)):
             return {"jax" if isinstance(value, jax.Array) else "scalar": [pack(np.asarray(value), default=None)]}
     if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
@@ -928,6 +931,16 @@ def _learning_rate(model: keras.Model) -> float | None:
     return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
 
 
+def _derive(layers: Sequence[keras.layers.Layer]) -> None:
+    """Makes layers such as Normalization compute anew what they derive from variables."""
+    deriving = [layer for layer in layers if hasattr(layer, "finalize_state") and layer.variables]
+    for layer in deriving:
+        layer.finalize_state()
+    for layer, name in itertools.product(layers if deriving else (), ("train", "test", "predict")):
+        if getattr(layer, f"{name}_function", None) is not None:  # compiled with the old values
+            getattr(layer, f"make_{name}_function")(force=True)
+
+
 class _Source(NamedTuple):
     """A live variable and the saved variable that it is restored from."""
 
@@ -1194,6 +1207,14 @@ class _Resumable:
         return self._beginning, self._states[0] if self._states else self._get()
 
 
+def _generators_in(value: Any) -> list[Any]:
+    """The states of the random generators in a list, a dictionary or an object, as far as they can be found."""
+    inner: Any = value if isinstance(value, (list, tuple, dict)) else getattr(value, "__dict__", {})
+    parts = [value, *itertools.islice(inner.values() if isinstance(inner, Mapping) else inner, 100)]
+    states = [_GENERATORS[type(part)][0](part) for part in parts if type(part) in _GENERATORS]
+    return states + [methods[0]() for part in parts if (methods := _state_methods(part))]
+
+
 class _Dataset(_Stateful):
     """The PyDataset of a `fit`. Its state is all that may determine the order of its data, plain values if changed."""
 
@@ -1211,7 +1232,8 @@ class _Dataset(_Stateful):
     def _is_state(self, value: Any) -> bool:
         if type(value) in _PLAIN:
             return True
-        if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
+        is_key = isinstance(value, jax.Array) and value.ndim < 2 and str(value.dtype).startswith(("key", "uint32"))
+        if not self.hooks and not is_key and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
         if isinstance(value, (np.ndarray, jax.Array)):
             return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and _as_saved(value.reshape(-1)[:1]) is not None
@@ -1226,9 +1248,13 @@ class _Dataset(_Stateful):
             if isinstance(value, (keras.layers.Layer, keras.random.SeedGenerator)):  # which may draw random numbers
                 states = value.variables if isinstance(value, keras.layers.Layer) else [value.state]
                 marks[name] = _fingerprint([each.value for each in states if "seed_generator_state" in each.path])
-            elif self.hooks and not isinstance(value, _CODE) and not self._is_state(value):
+            elif isinstance(value, _CODE) or self._is_state(value):
+                continue
+            elif self.hooks:
                 is_array = isinstance(value, (np.ndarray, jax.Array))
                 marks[name] = zlib.crc32(np.asarray(np.atleast_1d(value)[:64]).tobytes()) if is_array else None
+            elif states := _generators_in(value):
+                marks[name] = _as_saved(states)
         return marks
 
     def compare(self) -> None:
@@ -1241,6 +1267,14 @@ class _Dataset(_Stateful):
                 f"{self.name} has, or may have, changed attributes{hooks} that are not saved: {', '.join(changed)}. A "
                 "resumed run may then see other data. Give the dataset get_state and set_state."
             )
+
+
+def _loader_generators(data: Any, place: str) -> list[_Stateful]:
+    """The random generators of a torch DataLoader and of its samplers."""
+    samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    found = {id(each): each for each in (getattr(owner, "generator", None) for owner in (data, *samplers))}
+    generators = filter(_state_methods, found.values())
+    return [_Stateful(generator, f"generator {number} of {place}") for number, generator in enumerate(generators)]
 
 
 # ---------------------------------------------------------------------------------------------- arrays
@@ -1804,9 +1838,7 @@ class _Restore:
             _warn(f"Step {step} was restored partially. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        for layer in _layers(self.model_of()):  # Normalization, for one, caches values derived from variables
-            if hasattr(layer, "finalize_state") and layer.variables:
-                layer.finalize_state()
+        _derive(_layers(self.model_of()))
         return _Restored(step, record, own)
 
     def _refuse(self, step: int, differences: list[str], problems: list[str]) -> None:
@@ -2115,8 +2147,13 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
             _entries(directory)
         except FileNotFoundError:
             raise FileNotFoundError(_nothing_in(directory)) from None
+        except NotADirectoryError as error:
+            advice = "Give the directory of the checkpoints; keras.saving.load_model() reads .keras files"
+            raise NotADirectoryError(error.errno, f"{str(directory)!r} is a file. {advice}") from None
     else:
         try:
+            if _is_committed(directory):
+                raise ValueError(f"checkpoint_dir={str(directory)!r} is a step of another run, and would go with it.")
             if options.get("create", True):
                 os.makedirs(directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
@@ -2809,7 +2846,9 @@ class _Run(keras.callbacks.Callback):
         given = {"the data": fit.data, "the validation data": fit.held_out}
         datasets = {p: _Dataset(data, p) for p, data in given.items() if isinstance(data, keras.utils.PyDataset)}
         self.dataset = datasets.get("the data")
-        self.members = [*callback._stateful, *datasets.values()]
+        generators = {place: _loader_generators(data, place) for place, data in given.items()}
+        self.members = [*callback._stateful, *datasets.values(), *itertools.chain(*generators.values())]
+        self.sources = [*([self.dataset] if self.dataset else []), *generators["the data"]]  # of the order of the data
         self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
@@ -3035,8 +3074,7 @@ class _Run(keras.callbacks.Callback):
 
     def _origin(self) -> dict[str, Any]:
         """The state that determines the batches of a pass over the data."""
-        members = {self.dataset.place: self.dataset.copy()} if self.dataset else {}
-        return {"random": _random_state(), "members": members}
+        return {"random": _random_state(), "members": {each.place: each.copy() for each in self.sources}}
 
     def _skip(self, count: int) -> None:
         for number in range(count):
@@ -3377,8 +3415,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         model: Any = self._model
         if model is not self._fitted_model:
             raise ValueError(
-                f"This callback was made for the model {self._fitted_model.name!r}, but the model being fitted is "
-                f"{model.name!r}. Make the callback with the model that you fit."
+                f"This callback was made for another model object, {self._fitted_model.name!r}, than the one being "
+                f"fitted, {model.name!r}. Make the callback with the model that you fit."
             )
         # `fit` is iterating over this list and will reach its new end. A CallbackList of the user's may still hold the
         # run of an earlier fit.
