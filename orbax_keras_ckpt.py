@@ -181,7 +181,7 @@ def _generator(kind: str, state: Any) -> Any:
 
 # What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
 _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
-    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((set, frozenset), lambda old: [list(old)]),
     **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
     **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
     datetime.timezone: lambda old: [old.utcoffset(None)],
@@ -193,7 +193,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
 }
 _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
-    **{kind.__name__: kind for kind in _ARGUMENTS},
+    **{kind.__name__: kind for kind in (tuple, *_ARGUMENTS)},
     **{kind.__name__: _generator for kind in _GENERATORS},
     "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
     "scalar": lambda array: array[()],
@@ -209,11 +209,12 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
 
     TypeError if the value would not come back with the same types, unless `default` converts it.
     """
-    pack, kind = functools.partial(_pack, arrays=arrays, default=default), type(value)
-    if value is None or kind in (bool, int, float, str):
+    if (kind := type(value)) in (bool, int, float, str, type(None)):
         return value
-    if kind is list:
-        return [pack(item) for item in value]
+    pack = functools.partial(_pack, arrays=arrays, default=default)
+    if kind in (list, tuple):  # which may be long
+        items = [pack(item) for item in value]
+        return items if kind is list else {"tuple": [items]}
     if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
         arrays.append(np.frombuffer(value, np.uint8))
         return {"bytes": len(arrays) - 1}
@@ -324,7 +325,6 @@ class _Record:
 
 _TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
 _SEAMS = {
-    "keras:Model._flatten_layers": "nested layers",
     "keras:Model.jax_state_sync": "the end of fit, and of the train batches of an epoch",
     "keras.src.utils.naming:to_snake_case": "names that Keras makes up",
     "keras.src.backend.common.global_state:get_global_attribute": "Keras's global seed generator",
@@ -347,8 +347,7 @@ def _check_seams(model: keras.Model) -> None:
             pkgutil.resolve_name(seam)
         except (ImportError, AttributeError):
             missing.append(seam.replace(":", "."))
-    if not hasattr(model, "_initial_epoch"):
-        missing.append("keras.Model._initial_epoch")
+    missing += [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
     if missing:
         raise _untested(f"{', '.join(missing)} is gone")
 
@@ -409,9 +408,15 @@ def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callab
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
     def jax_state_sync() -> None:
-        sync()
         names = _locals(sys._getframe(1))
-        if names.get("epoch_iterator") is iterator and "training_finished" in names:
+        is_by_fit = names.get("epoch_iterator") is iterator and "training_finished" in names
+        try:
+            sync()
+        except BaseException:
+            if is_by_fit:
+                ended(False)
+            raise
+        if is_by_fit:
             if names["training_finished"]:
                 ended(True)
             elif sys.exc_info()[1] is not handled:
@@ -593,7 +598,32 @@ def _before_threads_stop(function: Callable[[], None]) -> None:
 
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and all layers in it, outer ones first; in the same order for two models of one config."""
-    return model._flatten_layers()
+    found: dict[int, keras.layers.Layer] = {}
+
+    def visit(layer: keras.layers.Layer) -> None:
+        if id(layer) in found:
+            return
+        found[id(layer)] = layer
+        inner = {id(child): child for child in layer._layers}  # an attribute that was set again has moved to the end
+        attributes = {name: value for name, value in vars(layer).items() if name != "_layers"}
+        for name in sorted(attributes, key=lambda name: (not name.startswith("_"), name)):  # those of Keras first
+            for child in keras.tree.flatten(attributes[name]):
+                if inner.pop(id(child), None) is not None:
+                    visit(child)
+        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # others were replaced
+            visit(child)
+
+    visit(model)
+    return list(found.values())
+
+
+def _in_order(model: keras.Model) -> list[keras.Variable]:
+    """The variables of the model, layer by layer."""
+    found: dict[int, keras.Variable] = {}
+    for layer in _layers(model):
+        inner = {id(variable) for child in layer._layers for variable in child.variables}
+        found |= {id(variable): variable for variable in layer.variables if id(variable) not in inner | found.keys()}
+    return list(found.values())
 
 
 def _automatic_name(cls: type) -> str:
@@ -1578,7 +1608,7 @@ def _nothing_in(directory: epath.Path) -> str:
     text = f"There is no checkpoint in {directory}{'' if is_there else ': no such file or directory'}."
     with contextlib.suppress(Exception):  # of a bucket, of any kind: this is only a hint
         for above in list(directory.parents)[:2]:
-            if (step := directory.relative_to(above).parts[0]).isdecimal() and int(step) in _steps(above):
+            if (step := directory.relative_to(above).parts[0]).isdecimal() and int(step) in _folders(above, ...)[0]:
                 return f"{text} Give the directory {above} and step={step} instead."
         below = (_entries(directory) if is_there else []) or _entries(directory.parent)
         near = sorted(str(path) for path in below[:100] if path.is_dir() and _folders(path, ...)[0])
@@ -1798,7 +1828,7 @@ class _Restore:
                     f"No checkpoint in {self.directory} is known as the best: there is none, or the monitored metric "
                     "is missing or NaN, or monitor=... was not given. Give the number of a step."
                 )
-        if step is not None and (isinstance(step, (str, bool)) or step not in steps):
+        if step is not None and (not isinstance(step, numbers.Integral) or isinstance(step, bool) or step not in steps):
             raise _no_such_step(step, self.directory, steps)
         return None if step is None else int(step)
 
@@ -1906,7 +1936,7 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             # All of these are missing from the configs of enclosing layers.
             config["dtype_policy"] = keras.saving.serialize_keras_object(model.dtype_policy)
             config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
-            config["variables"] = [[variable.path, variable.trainable] for variable in model.variables]
+            config["variables"] = [[variable.path, variable.trainable] for variable in _in_order(model)]
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
@@ -1951,7 +1981,7 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"]):
+        for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"], strict=True):
             if lora and not layer.lora_enabled:
                 layer.enable_lora(lora["rank"])
             if lora:
@@ -1959,7 +1989,7 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
             if layer.trainable != is_trainable:
                 layer.trainable = is_trainable
         # The layers come in the same order; variables within a layer may not, but have the same names.
-        live = sorted(model.variables, key=lambda variable: _last_name(variable.path))
+        live = sorted(_in_order(model), key=lambda variable: _last_name(variable.path))
         saved = sorted(record.model["variables"], key=lambda variable: _last_name(variable[0]))
         if [_last_name(variable.path) for variable in live] == [_last_name(path) for path, _ in saved]:
             for variable, (path, is_trainable) in zip(live, saved):
@@ -1998,6 +2028,8 @@ def _loadable(
             archive = _read_archive(path, record) if record.run else None
         try:
             model = _rebuilt(record, archive, compile, **scope)
+            has_optimizer = compile and getattr(model, "optimizer", None) is not None
+            variables = _variables(model, has_optimizer) if model.built else {}
         except Exception as error:
             error.add_note(
                 "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
@@ -2011,7 +2043,7 @@ def _loadable(
         elif "error" not in rebuilt and _calls(rebuilt) != calls:
             problem = "Keras loses calls of layers that a nested model shares with the model around it"
         else:
-            return model, _variables(model, optimizer=compile and getattr(model, "optimizer", None) is not None)
+            return model, variables
     raise CheckpointError(
         f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
         "does, then call KerasOrbaxCheckpointManager.restore_state()."
@@ -2624,7 +2656,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._saving, self._is_writing = None, False
         _SAVING.discard(self)
         self._settle()
-        is_committed = False
+        is_committed, what = False, "that step does not exist"
         with contextlib.suppress(OSError):  # another error is on its way
             for number, path in _temporary(self.directory, self._prefix):
                 is_own = str(save) in path.name or _is_bucket(path)
@@ -2633,11 +2665,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
+            what = "the step that is there is another run's" if path else what
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
         if not is_committed:
             raise CheckpointError(
-                f"Saving step {step} in {self.directory} has failed: that step does not exist. Earlier "
-                f"checkpoints are unchanged. {text}"
+                f"Saving step {step} in {self.directory} has failed: {what}. Earlier checkpoints "
+                f"are unchanged. {text}"
             ) from error
         _warn(f"Step {step} in {self.directory} is saved, but cleaning up after it failed. {text}")
 
@@ -3398,7 +3431,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._resumable = _Resumable(data)
         return self._resumable.generator
 
-    def __deepcopy__(self, memo: Any) -> "OrbaxCheckpointCallback":
+    def __reduce_ex__(self, protocol: Any) -> Any:  # of copy and pickle
         raise TypeError(
             "OrbaxCheckpointCallback cannot be copied, because it belongs to one model and one directory: with "
             "KerasTuner, make it in HyperModel.fit() instead of passing it to search()."

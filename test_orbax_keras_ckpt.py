@@ -748,7 +748,8 @@ KILLED = [  # data, save_freq, steps_per_execution, where it is left, the steps 
 def skip_where_missing(data):
     if data == "grain" and keras.version() < "3.11":
         pytest.skip("Keras takes Grain datasets since 3.11")
-    if not importlib.util.find_spec(data.split()[0] if data.startswith("torch") else "keras_hub" if "hub" in data else "keras"):
+    module = "keras_hub" if "hub" in data else data.split()[0] if data.startswith("torch") else "keras"
+    if not importlib.util.find_spec(module):
         pytest.skip("it is gigabytes")
 
 
@@ -2094,6 +2095,18 @@ def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(is_las
         assert fit(model, 2).epoch == [0, 1]
 
 
+def test_nothing_is_left_when_keras_itself_cannot_end_fit(tmp_path, model):
+    def freeze(epoch, logs):  # then the state of the model cannot be synced
+        model.layers[0].trainable = False
+        model.compile("sgd", "mse")
+
+    before = handlers()
+    with pytest.raises(ValueError, match="shape of the target variable"):
+        fit(model, 2, callback(model, tmp_path), on(on_epoch_end=freeze))
+    assert_nothing_left(model, before)
+    assert names(tmp_path) == ["0"]
+
+
 def test_fit_inside_an_except_block_raises_and_leaves_as_elsewhere(tmp_path, model):
     try:
         raise KeyError("something else")
@@ -2803,8 +2816,9 @@ def test_callback_says_where_it_works_and_does_nothing_in_evaluate_and_predict(t
         checkpoint.on_train_begin()
     with pytest.raises(ValueError, match="Pass this callback to fit"):
         fit(model, 1, on(on_train_begin=lambda logs: checkpoint.on_train_begin()))
-    with pytest.raises(TypeError, match=r"cannot be copied.*make it in HyperModel.fit\(\)"):
-        copy.deepcopy([checkpoint])
+    for copies in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied.*make it in HyperModel.fit\(\)"):
+            copies([checkpoint])
 
 
 # -------------------------------------------------------------------- P11: names that Keras invents do not matter
@@ -3048,6 +3062,22 @@ def test_load_model_takes_any_step_however_it_is_named(trained, tmp_path, model)
 class NoConfig(Subclassed):
     def get_config(self):
         raise NotImplementedError("no config here")
+
+
+def test_load_model_finds_layers_by_the_attributes_that_hold_them(tmp_path):
+    class Pair(keras.Model):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.one, self.other = layers.Dense(6), layers.Dense(6)
+
+        def call(self, x):
+            return self.other(keras.ops.tanh(self.one(x)))
+
+    model = Pair()
+    model.one, model.other = model.other, model.one  # Keras's own list of the layers stays as it is
+    fit(compiled(model), 1, callback(model, tmp_path))
+    loaded = load_model(tmp_path, custom_objects={"Pair": Pair})
+    assert_equal([loaded.predict(X, verbose=0)], [model.predict(X, verbose=0)])
 
 
 def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
