@@ -604,13 +604,13 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
         if id(layer) in found:
             return
         found[id(layer)] = layer
-        inner = {id(child): child for child in layer._layers}  # an attribute that was set again has moved to the end
+        inner = {id(child): child for child in layer._layers}  # in the order in which attributes were first set
         attributes = {name: value for name, value in vars(layer).items() if name != "_layers"}
         for name in sorted(attributes, key=lambda name: (not name.startswith("_"), name)):  # those of Keras first
             for child in keras.tree.flatten(attributes[name]):
                 if inner.pop(id(child), None) is not None:
                     visit(child)
-        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # others were replaced
+        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # else it was replaced
             visit(child)
 
     visit(model)
