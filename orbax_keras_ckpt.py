@@ -1063,6 +1063,11 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
+def _attributes(member: Any) -> dict[str, Any]:
+    slots = [name for kind in type(member).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(member, name)]
+    return {name: getattr(member, name) for name in slots if name != "__dict__"} | getattr(member, "__dict__", {})
+
+
 def _as_saved(value: Any) -> tuple[str, list[memoryview]] | None:
     """A value in the form in which it would be saved; None if it cannot be."""
     try:
@@ -1116,25 +1121,29 @@ class _Stateful:
     def _is_state(self, value: Any) -> bool:
         return not isinstance(value, _CODE) or value in _OPERATIONS.values()
 
+    def state_attributes(self) -> dict[str, Any]:
+        """The attributes that may be state, of an object without methods for it."""
+        inherited = vars(self._base())
+        own = _attributes(self.member) if self.get == self._changed else {}
+        return {name: value for name, value in own.items() if name not in inherited and self._is_state(value)}
+
     def _changed(self) -> dict[str, Any]:
-        inherited, changed = vars(self._base()), {}
-        for name, value in vars(self.member).items():
-            if name in inherited or not self._is_state(value):
-                continue
+        changed = {}
+        for name, value in self.state_attributes().items():
             initial = self._initial.get(name, self)
             if type(value) is not type(initial) or _as_saved(value) != _as_saved(initial):
                 changed[name] = value
         return changed
 
     def _set_changed(self, changed: Mapping[str, Any]) -> None:
-        attributes = vars(self.member)
+        attributes = _attributes(self.member)
         for name, value in (_copied(self._initial) | changed).items():
             if type(value) in _GENERATORS and type(attributes.get(name)) is type(value):
                 get, put = _GENERATORS[type(value)]
                 with contextlib.suppress(ValueError):  # of another bit generator
                     put(attributes[name], get(value))  # other objects may share it
                     continue
-            attributes[name] = value
+            object.__setattr__(self.member, name, value)
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1159,15 +1168,61 @@ class _Stateful:
 
 
 def _fingerprint(batch: Any) -> dict[str, Any]:
-    """The shapes of a batch, and a checksum of the first elements of each array, as far as this process has them."""
-    shapes, checksum = [], 0
+    """The shapes of a batch, and a checksum of the first elements of each array, in the parts that this process has."""
+    shapes, parts, checksum = [], [], 0
     for leaf in jax.tree.leaves(batch):
         is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
         shapes.append(list(np.shape(leaf)))
-        for part in [each.data for each in leaf.addressable_shards if not each.replica_id] if is_spread else [leaf]:
+        own = [each for each in leaf.addressable_shards if not each.replica_id] if is_spread else []
+        parts += [str(each.index) for each in own]
+        for part in [each.data for each in own] if is_spread else [leaf]:
             if (array := np.asarray(part)).dtype != object:
                 checksum = zlib.crc32(array.reshape(-1)[: 2**18].tobytes(), checksum)
-    return {"shapes": shapes, "checksum": checksum}
+    return {"shapes": shapes, "parts": parts, "checksum": checksum}
+
+
+def _generators_in(value: Any, besides: Iterable[Any] = ()) -> list[Any] | None:
+    """The states of all random generators that an object has somewhere; None if that cannot be told."""
+    parts, seen, states = [value], {id(each) for each in besides}, []
+    for part in parts:  # which grow meanwhile
+        if id(part) in seen or len(parts) > 10_000 or isinstance(part, (*_PLAIN, type, types.ModuleType)):
+            continue
+        seen.add(id(part))
+        try:
+            if isinstance(part, (types.GeneratorType, random.SystemRandom)):
+                return None
+            if isinstance(part, keras.Variable):
+                states += [np.asarray(part.value)] if "seed_generator_state" in part.path else []
+            elif kind := next((kind for kind in _GENERATORS if isinstance(part, kind)), None):
+                states.append(_GENERATORS[kind][0](part))
+            elif methods := _state_methods(part):
+                states.append(methods[0]())
+            elif isinstance(part, (list, tuple, dict)):
+                parts += itertools.islice(part.values() if isinstance(part, dict) else part, 1000)
+            elif isinstance(part, types.FunctionType):
+                parts += [cell.cell_contents for cell in part.__closure__ or ()]
+            elif not getattr(part, "compiled", False):  # else it is the model that is trained, or another one
+                own = part.variables if isinstance(part, keras.layers.Layer) else _attributes(part).values()
+                parts += [getattr(part, "__self__", None), *own]
+        except Exception:  # from objects of others
+            return None
+    return states
+
+
+def _loader_generators(data: Any, place: str) -> list[_Stateful]:
+    """The random generators of a torch DataLoader and of its samplers."""
+    samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
+    found = {id(each): each for each in (getattr(owner, "generator", None) for owner in (data, *samplers))}
+    generators = filter(_state_methods, found.values())
+    return [_Stateful(generator, f"generator {number} of {place}") for number, generator in enumerate(generators)]
+
+
+def _draws_in(loader: Any, besides: Iterable[Any]) -> Any:
+    """What changes when random generators inside a torch DataLoader draw; nothing for other data."""
+    names = ["dataset", "collate_fn"] if hasattr(loader, "collate_fn") else []
+    names += [] if _state_methods(loader) else ["sampler", "batch_sampler"]  # torchdata saves those
+    inner = [each for each in (getattr(loader, name, None) for name in names) if not _state_methods(each)]
+    return _as_saved([_generators_in(each, besides) for each in inner])
 
 
 class _Resumable:
@@ -1181,34 +1236,41 @@ class _Resumable:
                 "iter(dataset)) or with state_dict and load_state_dict, or a loader that has these (torchdata's "
                 "StatefulDataLoader)."
             )
-        self._data, (self._get, self._put) = data, methods
-        self._beginning = copy.deepcopy(self._get()) if hasattr(data, "__next__") else None
+        self.data, (self._get, self._put) = data, methods
+        self._generators = _loader_generators(data, "the data")  # torchdata does not save them
+        self._beginning = self._now() if hasattr(data, "__next__") else None
         self._iterator: Any = None
         self._states: collections.deque[Any] = collections.deque()  # before each of the last batches drawn
         self.drawn = self.first = 0  # the number of batches drawn, and that before this fit
         self.stale = 0  # batches that Keras read before the data was rewound and still holds
         self.generator = self._batches()
 
+    def _now(self) -> tuple[Any, list[Any]]:
+        """The states of the data and of its random generators."""
+        return copy.deepcopy(self._get()), [each.copy() for each in self._generators]
+
     def _batches(self) -> Iterator[Any]:
         is_empty = False
         while True:
             if self._iterator is None:
-                self._iterator = iter(self._data)
-            state = copy.deepcopy(self._get())
+                self._iterator = iter(self.data)
+            state = self._now()
             if (batch := next(self._iterator, None)) is not None:
                 self._states.append(state)
                 self.drawn += 1
                 yield batch
             elif is_empty:
-                raise ValueError(f"resumable({type(self._data).__name__}): it is empty.")
+                raise ValueError(f"resumable({type(self.data).__name__}): it is empty.")
             else:
                 self._restart(self._beginning)
             is_empty = batch is None
 
     def _restart(self, state: Any) -> None:
         if state is not None:
-            self._put(copy.deepcopy(state))
-        self._iterator = iter(self._data)  # only then does a loader apply the state
+            self._put(copy.deepcopy(state[0]))
+        self._iterator = iter(self.data)  # only then does a loader apply the state
+        for generator, own in zip(self._generators, state[1] if state is not None else ()):
+            generator.put(own)
 
     def begin(self, saved: Any) -> None:
         """Called when `fit` begins: sets the data to the saved state, or to its beginning."""
@@ -1231,18 +1293,10 @@ class _Resumable:
         """The state at the beginning, and the one before the first batch not yet trained on."""
         if (given := self.forget(trained)) != trained:
             raise ValueError(
-                f"fit has trained on {trained} batches, but resumable({type(self._data).__name__}) has given only "
+                f"fit has trained on {trained} batches, but resumable({type(self.data).__name__}) has given only "
                 f"{given}. Pass its generator to fit, one batch per step."
             )
-        return self._beginning, self._states[0] if self._states else self._get()
-
-
-def _generators_in(value: Any) -> list[Any]:
-    """The states of the random generators in a list, a dictionary or an object, as far as they can be found."""
-    inner: Any = value if isinstance(value, (list, tuple, dict)) else getattr(value, "__dict__", {})
-    parts = [value, *itertools.islice(inner.values() if isinstance(inner, Mapping) else inner, 100)]
-    states = [_GENERATORS[type(part)][0](part) for part in parts if type(part) in _GENERATORS]
-    return states + [methods[0]() for part in parts if (methods := _state_methods(part))]
+        return self._beginning, self._states[0] if self._states else self._now()
 
 
 class _Dataset(_Stateful):
@@ -1252,7 +1306,7 @@ class _Dataset(_Stateful):
 
     def __init__(self, dataset: keras.utils.PyDataset, place: str):
         names = "on_epoch_begin", "on_epoch_end"
-        self.hooks = [name for name in names if getattr(type(dataset), name) is not getattr(self._base, name)]
+        self.hooks = [n for n in names if getattr(getattr(dataset, n), "__func__", None) is not getattr(self._base, n)]
         super().__init__(dataset, place)
         self._marks = {} if _state_methods(dataset) else self._unsaved()
 
@@ -1274,17 +1328,17 @@ class _Dataset(_Stateful):
     def _unsaved(self) -> dict[str, Any]:
         """The attributes that an epoch may change but that are not saved, and what tells whether it has, or None."""
         marks: dict[str, Any] = {}
-        for name, value in vars(self.member).items():
-            if isinstance(value, (keras.layers.Layer, keras.random.SeedGenerator)):  # which may draw random numbers
-                states = value.variables if isinstance(value, keras.layers.Layer) else [value.state]
-                marks[name] = _fingerprint([each.value for each in states if "seed_generator_state" in each.path])
-            elif isinstance(value, _CODE) or self._is_state(value):
+        for name, value in _attributes(self.member).items():
+            if name in self.hooks or self._is_state(value):
                 continue
-            elif self.hooks:
-                is_array = isinstance(value, (np.ndarray, jax.Array))
-                marks[name] = zlib.crc32(np.asarray(np.atleast_1d(value)[:64]).tobytes()) if is_array else None
+            if isinstance(value, (np.ndarray, jax.Array)):
+                marks[name] = zlib.crc32(np.asarray(np.atleast_1d(value)[:64]).tobytes())
+            elif self.hooks and not isinstance(value, (*_CODE, keras.layers.Layer, keras.random.SeedGenerator)):
+                marks[name] = None
             elif states := _generators_in(value):
                 marks[name] = _as_saved(states)
+            elif states is None:
+                marks[name] = None
         return marks
 
     def compare(self) -> None:
@@ -1297,14 +1351,6 @@ class _Dataset(_Stateful):
                 f"{self.name} has, or may have, changed attributes{hooks} that are not saved: {', '.join(changed)}. A "
                 "resumed run may then see other data. Give the dataset get_state and set_state."
             )
-
-
-def _loader_generators(data: Any, place: str) -> list[_Stateful]:
-    """The random generators of a torch DataLoader and of its samplers."""
-    samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
-    found = {id(each): each for each in (getattr(owner, "generator", None) for owner in (data, *samplers))}
-    generators = filter(_state_methods, found.values())
-    return [_Stateful(generator, f"generator {number} of {place}") for number, generator in enumerate(generators)]
 
 
 # ---------------------------------------------------------------------------------------------- arrays
@@ -2197,6 +2243,26 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
     return directory
 
 
+def _check_is_shared(directory: epath.Path) -> None:
+    """Raises if the directory is not one and the same for all processes."""
+    probe = directory / f"{_gather(uuid.uuid4().hex)[0]}.orbax-keras-ckpt"
+    with _agreed():
+        if jax.process_index() == 0:
+            probe.write_text("")
+    patience = time.monotonic() + 10  # a network may take a while
+    while not (is_seen := probe.exists()) and time.monotonic() < patience:
+        time.sleep(0.1)
+    seen = _gather(is_seen)
+    if jax.process_index() == 0:
+        probe.unlink()
+    if not all(seen):
+        missing = ", ".join(str(process) for process, is_seen in enumerate(seen) if not is_seen)
+        raise CheckpointError(
+            f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: {missing} cannot see what "
+            "process 0 writes there. Give a directory that all processes share."
+        )
+
+
 _SAVING: set[Any] = set()  # managers of this process with a save in progress
 _LOCK = threading.RLock()  # saves that are asked for in several threads take turns
 
@@ -2281,6 +2347,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         _check_seams(model)
         with _agreed():
             directory = _usable_directory(checkpoint_dir, kwargs)
+        if jax.process_count() > 1 and not kwargs.get("read_only"):
+            _check_is_shared(directory)
         self._model = model
         self._steps_per_epoch = int(steps_per_epoch)
         self._monitor = monitor
@@ -2289,6 +2357,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
         self._read_only = bool(kwargs.get("read_only"))
+        self._waits = not kwargs.get("enable_async_checkpointing", True)
         self._prefix = kwargs.get("step_prefix") or None
         self._saving: tuple[int, str] | None = None  # step and id of the save in progress
         self._is_writing = False  # until it is committed or has failed
@@ -2311,7 +2380,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
         given.pop("enable_background_delete", None)  # deletions are in the background of a save anyway
-        ours = {"async_options": waiting, "prevent_write_metrics": True, "step_prefix": self._prefix}
+        # When Orbax saves in the foreground and one process fails, the others wait for it in a collective.
+        ours = {"enable_async_checkpointing": True, "async_options": waiting}
+        ours |= {"prevent_write_metrics": True, "step_prefix": self._prefix}
         if not _is_bucket(directory):
             ours["temporary_path_class"] = _FlushedPath
         return {**self._retention(max_to_keep, given), **given, **ours}
@@ -2515,28 +2586,34 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 **where,
                 **notes,
             )
-            return self._begin(step, record, items)
+            self._begin(step, record, items)
+            if self._waits:
+                self.wait_until_finished()
+            return True
 
     def _own_of(self, own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Where the state of this process is saved: fields of the record, and, if it is large, the item "run"."""
         assets = self._description[1] if jax.process_index() == 0 else {}
-        packed, arrays = _packed(own)
-        is_small = not assets and not arrays and len(json.dumps(packed)) < _SMALL_BYTES_OF_JSON
-        if jax.process_count() == 1 and is_small:
-            return {"own": packed, "run": None}, {}
-        rows, lengths = _rows(_archive(packed, arrays, assets))
+        with _agreed():
+            packed, arrays = _packed(own)
+            is_small = not assets and not arrays and len(json.dumps(packed)) < _SMALL_BYTES_OF_JSON
+            if jax.process_count() == 1 and is_small:
+                return {"own": packed, "run": None}, {}
+            archive = _archive(packed, arrays, assets)
+        rows, lengths = _rows(archive)
         return {"own": None, "run": lengths}, {"run": {"rows": rows}}
 
-    def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> bool:
+    def _begin(self, step: int, record: _Record, items: Mapping[str, Any]) -> None:
         """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._meetings.save = _FlushedPath.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
         self._is_writing = True
         try:
-            for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
-                match = _STEP.fullmatch(path.name)
-                if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
-                    raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
+            with _agreed():
+                for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
+                    match = _STEP.fullmatch(path.name)
+                    if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
+                        raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2551,7 +2628,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self._saving = step, record.save
             _SAVING.add(self)
             _finish_before_exit()
-        return True
 
     def _make_room(self, step: int) -> None:
         """Raises if the step is not above the newest one, unless that is a snapshot inside the epoch: it gives way."""
@@ -2882,6 +2958,7 @@ class _Run(keras.callbacks.Callback):
         generators = {place: _loader_generators(data, place) for place, data in given.items()}
         self.members = [*callback._stateful, *datasets.values(), *itertools.chain(*generators.values())]
         self.sources = [*([self.dataset] if self.dataset else []), *generators["the data"]]  # of the order of the data
+        self.draws = self._draws()
         self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
@@ -2898,6 +2975,11 @@ class _Run(keras.callbacks.Callback):
         self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
 
+    def _draws(self) -> list[Any]:
+        """What changes when random generators that are not saved draw for the data."""
+        given = [self.resumable.data if self.resumable is not None else self.fit.data, self.fit.held_out]
+        return [_draws_in(data, [member.member for member in self.members]) for data in given]
+
     # Starting.
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -2909,7 +2991,8 @@ class _Run(keras.callbacks.Callback):
 
     def _begin(self) -> None:
         self.undo.callback(_unwatch_fit, self._model)
-        self._check()
+        with _agreed():
+            self._check()
         rate = _learning_rate(self._model)
         self.aborted, self.callback._training = self.callback._training, self._model.optimizer
         found = self.manager._restore(None, self._plan, donate=True)
@@ -2940,6 +3023,14 @@ class _Run(keras.callbacks.Callback):
         self.manager._start_run()
         for member in self.members:
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
+        owners = collections.defaultdict(list)
+        for member in self.members:
+            for name, value in member.state_attributes().items():
+                if isinstance(value, (list, dict, set, collections.deque, np.ndarray)):
+                    owners[id(value)].append(f"{name!r} of {member.label}")
+        for names in owners.values():
+            if len(names) > 1 and any("stateful[" in name for name in names):
+                _warn(f"{' and '.join(names)} are one object, but will be copies of it after a resume.")
         source, is_endless = self.resumable, self.fit.epoch_iterator.steps_per_epoch
         if source is not None and not (is_endless and source.drawn > source.first):
             raise ValueError(
@@ -2947,6 +3038,8 @@ class _Run(keras.callbacks.Callback):
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
         for each in self.callback._stateful:
+            if getattr(each.member, "async_safe", False):
+                _warn(f"{each.label} has async_safe=True: Keras calls its hooks in threads, maybe only after a save.")
             is_idle = all(each.member is not other for other in self.fit.callbacks.callbacks)
             if isinstance(each.member, keras.callbacks.Callback) and is_idle:
                 _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
@@ -3090,7 +3183,8 @@ class _Run(keras.callbacks.Callback):
         if goes_on and (count := self.restored.own.get("count")):
             now = self._origin()
             self._put_back(self.restored.own["origin"])
-            self._skip(count)
+            with _agreed():
+                self._skip(count)
             self._compare_last()
             self._put_back(now)
             self.batches = batches
@@ -3126,18 +3220,21 @@ class _Run(keras.callbacks.Callback):
         """Raises or warns if the last skipped batch is not the one trained on."""
         step, record, own = self.restored
         saved, found = own["last"], _fingerprint(self.last)
-        if found == saved or not saved["shapes"] or record is None or record.processes != jax.process_count():
+        if not saved["shapes"] or record is None or record.processes != jax.process_count():
             return
-        if found["shapes"] != saved["shapes"]:
-            shapes = f"with batches of shapes {saved['shapes']}, and now they have {found['shapes']}"
-            raise self._other_data(f"{shapes}: the batch size or the data has changed")
+        with _agreed():
+            if found["shapes"] != saved["shapes"]:
+                shapes = f"with batches of shapes {saved['shapes']}, and now they have {found['shapes']}"
+                raise self._other_data(f"{shapes}: the batch size or the data has changed")
         if self.dataset and self.count > self.start.batch:
             return  # this pass began in an earlier epoch, and the dataset may have changed since
-        _warn(
-            f"The data differs from the run saved at step {step}: the last skipped batch has other content. Training "
-            "continues, but the result will differ from an uninterrupted run. Seed the data, create a generator anew "
-            "for each fit, or pass checkpoint.resumable(iterator) to fit."
-        )
+        # With another layout, a process has other parts of the batch.
+        if any(_gather(found != saved and found["parts"] == saved["parts"])):
+            _warn(
+                f"The data differs from the run saved at step {step}: the last skipped batch has other content. "
+                "Training continues, but the result will differ from an uninterrupted run. Seed the data, create a "
+                "generator anew for each fit, or pass checkpoint.resumable(iterator) to fit."
+            )
 
     def _arrive(self, place: Sequence[int]) -> Iterator[tuple]:
         """Called before the first batch not yet trained on: undoes whatever has changed while resuming."""
@@ -3185,11 +3282,18 @@ class _Run(keras.callbacks.Callback):
         for member in self.members:
             if isinstance(member, _Dataset):
                 member.compare()
+        if self.draws and self.draws != self._draws():
+            _warn(
+                "Random generators inside the DataLoader have drawn numbers, and are not saved: a resumed run may then "
+                "see other data. Use torch's global generator or generator=..., or seed one by each item's index."
+            )
+        self.draws = []
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":
             position = _Position(epoch + 1, 0, self.batches)
-            own = self._belongings(self._states(), is_epoch_end=True)
+            with _agreed():
+                own = self._belongings(self._states(), is_epoch_end=True)
             if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
                 self.say("Save Orbax checkpoint on_epoch_end.")
         if is_leaving:
@@ -3275,7 +3379,8 @@ class _Run(keras.callbacks.Callback):
             self._model.jax_state_sync()
             position = _Position(self.epoch, batches - self.before, batches)
             further = {"unfinished": True, "is_trained": values is not None, "force": True}
-            values, own = values or _values(_train_state(self._model)), own or self._belongings(self._states())
+            with _agreed():
+                values, own = values or _values(_train_state(self._model)), own or self._belongings(self._states())
             self._save(position, None, own, values=values, **further)
             self.say(f"Save Orbax checkpoint in epoch {self.epoch + 1}, after batch {position.batch}.")
         if self.preemption.received is not None:
@@ -3395,7 +3500,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 f"The model {model.name!r} is not compiled. Call model.compile() before making this callback."
             )
         self._signals = _signals(preemption_signals)
-        self._stateful = [_Stateful(member, f"stateful[{i}]") for i, member in enumerate(stateful)]
+        with _agreed():
+            self._stateful = [_Stateful(member, f"stateful[{i}]") for i, member in enumerate(stateful)]
         self.checkpoint_manager = KerasOrbaxCheckpointManager(
             model, checkpoint_dir, max_to_keep, steps_per_epoch, monitor=monitor, mode=mode, **kwargs
         )

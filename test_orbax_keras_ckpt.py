@@ -32,6 +32,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import urllib.request
 import warnings
 import weakref
@@ -503,7 +504,7 @@ def torch_batches(is_stateful, **options):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     rows, collate = list(zip(X[:45], Y[:45])), lambda rows: tuple(map(np.stack, zip(*rows)))
-    loader = StatefulDataLoader(rows, 6, shuffle=True, collate_fn=collate)  # a pass is no whole number of epochs
+    loader = StatefulDataLoader(rows, 6, shuffle=True, collate_fn=collate, **options)  # a pass is no whole number of epochs
     return {"x": loader, "steps_per_epoch": BATCHES, "shuffle": False}
 
 
@@ -545,6 +546,7 @@ DATA = {  # arguments of fit
     "torch": lambda: torch_batches(False),  # gigabytes, and therefore not in requirements.txt
     "torch with a generator": lambda: torch_batches(False, generator=torch.Generator().manual_seed(3)),
     "torchdata": lambda: torch_batches(True),
+    "torchdata with a generator": lambda: torch_batches(True, generator=torch.Generator().manual_seed(3)),
     **{f"kerashub {name}": lambda name=name: tokens(name) for name in ("BertBackbone", "GPT2Backbone")},
 }
 
@@ -667,7 +669,7 @@ def attempt(directory=None, place=None, *, data="shuffled", callbacks="none", fr
         members = others * stateful + [arguments["x"]] * isinstance(arguments["x"], Own)
         freq = datetime.timedelta(microseconds=1) if freq == "time" else freq
         checkpoint = callback(model, directory, max_to_keep, save_freq=freq, stateful=members, verbose=1)
-    if data in ("grain iterator", "torchdata"):
+    if data == "grain iterator" or data.startswith("torchdata"):
         batches = arguments["x"]
         arguments["x"] = checkpoint.resumable(batches) if checkpoint else over_and_over(lambda: batches)
     at = At(place and place[:3], end)
@@ -1241,11 +1243,17 @@ class Augmented(Plain):
 
 
 def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit(tmp_path):
-    def run(data, shuffle=True, stateful=(), held_out=None, **attributes):
+    def run(data, shuffle=True, stateful=(), held_out=None, others=(), **attributes):
         model, directory = dense_model(), tempfile.mkdtemp(dir=tmp_path)
         vars(data).update(attributes)
         ours = callback(model, directory, stateful=stateful)
-        model.fit(data, shuffle=shuffle, verbose=0, callbacks=[ours], validation_data=held_out)
+        model.fit(data, shuffle=shuffle, verbose=0, callbacks=[*others, ours], validation_data=held_out)
+
+    rng, shuffled = np.random.default_rng(1), Plain("in order")
+    inner = types.SimpleNamespace(rngs={"deep": [rng]})
+    shuffles = on(on_epoch_end=lambda epoch, logs: np.random.shuffle(shuffled.index))
+    threaded, sharing = on(), on()
+    threaded.async_safe, sharing.shared = True, shuffled.index
 
     for message, data, options in (
         ("Dataset has.* in on_epoch_begin and on_epoch_end .* saved: tokens", Dataset("anew"), {"tokens": object()}),
@@ -1255,7 +1263,13 @@ def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit
         ("Named has.* that are not saved: names", Named("anew"), {"names": Named.names}),
         ("Augmented has.* attributes that are not saved: drop", Augmented(), {}),
         ("Augmented has.* attributes that are not saved: drop", Plain("in order"), {"held_out": Augmented()}),
-        ("Plain has.* that are not saved: rngs", Plain("others' noise"), {"rngs": [np.random.default_rng(1)]}),
+        ("Plain has.* not saved: rngs, tools", Plain("others' noise"), {"rngs": [rng], "tools": lambda: inner.rngs}),
+        ("Plain has.* not saved: it", Plain("in order"), {"it": stream()}),
+        ("Plain has.* not saved: index", shuffled, {"others": [shuffles]}),
+        ("'shared' of stateful.*and 'index' of the data.*are one object", Dataset("none"), {
+            "stateful": [sharing], "others": [sharing], "index": shuffled.index
+        }),
+        ("async_safe=True", Plain("in order"), {"stateful": [threaded], "others": [threaded]}),
         ("was not passed to fit", Plain("in order"), {"stateful": [STOPPING]}),
     ):
         with pytest.warns(UserWarning, match=message):
@@ -2610,7 +2624,7 @@ def test_write_that_fails_on_one_process_alone_fails_on_all_and_none_waits(victi
     began = time.monotonic()
     run_together(tmp_path, "fails_alone", victim)
     assert time.monotonic() - began < 90
-    assert names(tmp_path / "ckpt") == ["1"]
+    assert names(tmp_path / "ckpt") == names(tmp_path / "waiting") == ["1"]
 
 
 def test_checkpoint_of_two_processes_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
@@ -3826,13 +3840,20 @@ def falls_back(work, directories):
 
 
 def fails_alone(work, victim):
-    """A save that fails in the background of one process, and then one that does not."""
-    manager = KerasOrbaxCheckpointManager(distributed_model("model"), os.path.join(work, "ckpt"))
-    failing = full_disk(12_000) if jax.process_index() == victim else contextlib.nullcontext()
-    with failing, pytest.raises(CheckpointError, match="(?s)Saving step 0.*File too large"):
-        commit(manager, 0)
-    commit(manager, 1)
-    manager.close()
+    """A save that fails in one process, and then one that does not; and what a callback refuses in one process."""
+    model, process = distributed_model("model"), jax.process_index()
+    for name, is_async in (("ckpt", True), ("waiting", False)):
+        options = {"enable_async_checkpointing": is_async}
+        manager = KerasOrbaxCheckpointManager(model, os.path.join(work, name), **options)
+        failing = full_disk(12_000) if process == victim else contextlib.nullcontext()
+        with failing, pytest.raises(CheckpointError, match="(?s)Saving step 0.*File too large"):
+            commit(manager, 0)
+        commit(manager, 1)
+        manager.close()
+    with pytest.raises((TypeError, CheckpointError), match="cannot be saved"):
+        callback(model, os.path.join(work, "ckpt"), stateful=[Keeper(object() if process == victim else 1)])
+    with pytest.raises(CheckpointError, match="not the same directory for all processes: 1 cannot see"):
+        callback(model, os.path.join(work, f"of {process}"))
 
 
 def relays(work, directory, kinds):
