@@ -504,7 +504,7 @@ def torch_batches(is_stateful, **options):
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     rows, collate = list(zip(X[:45], Y[:45])), lambda rows: tuple(map(np.stack, zip(*rows)))
-    loader = StatefulDataLoader(rows, 6, shuffle=True, collate_fn=collate, **options)  # a pass is no whole number of epochs
+    loader = StatefulDataLoader(rows, 6, shuffle=True, collate_fn=collate, **options)  # a pass ends inside an epoch
     return {"x": loader, "steps_per_epoch": BATCHES, "shuffle": False}
 
 
