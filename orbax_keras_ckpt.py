@@ -204,6 +204,13 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
 }
 
 
+def _is_key(value: Any) -> bool:
+    """Whether a value is a key of `jax.random`, of the new kind or the old."""
+    if not isinstance(value, jax.Array):
+        return False
+    return jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) or (value.dtype == "uint32" and value.size <= 4)
+
+
 def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
     """`value` as JSON. Large arrays become indices into `arrays`, to which their bytes are appended.
 
@@ -212,7 +219,7 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
     if (kind := type(value)) in (bool, int, float, str, type(None)):
         return value
     pack = functools.partial(_pack, arrays=arrays, default=default)
-    if kind in (list, tuple):  # which may be long
+    if kind in (list, tuple):  # tested early: they may be long
         items = [pack(item) for item in value]
         return items if kind is list else {"tuple": [items]}
     if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
@@ -220,7 +227,7 @@ def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable 
         return {"bytes": len(arrays) - 1}
     if kind is bytes:
         return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if _is_key(value) and value.dtype != "uint32":
         return {"key": [pack(jax.random.key_data(value)), str(jax.random.key_impl(value))]}
     with contextlib.suppress(TypeError, ValueError, RuntimeError):  # parts of other processes
         if isinstance(value, (np.generic, jax.Array)):
@@ -409,14 +416,14 @@ def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callab
 
     def jax_state_sync() -> None:
         names = _locals(sys._getframe(1))
-        is_by_fit = names.get("epoch_iterator") is iterator and "training_finished" in names
+        is_called_by_fit = names.get("epoch_iterator") is iterator and "training_finished" in names
         try:
             sync()
         except BaseException:
-            if is_by_fit:
+            if is_called_by_fit:
                 ended(False)
             raise
-        if is_by_fit:
+        if is_called_by_fit:
             if names["training_finished"]:
                 ended(True)
             elif sys.exc_info()[1] is not handled:
@@ -600,29 +607,34 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and all layers in it, outer ones first; in the same order for two models of one config."""
     found: dict[int, keras.layers.Layer] = {}
 
+    def held(value: Any) -> Iterator[Any]:
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            yield from held(each)
+        yield value
+
     def visit(layer: keras.layers.Layer) -> None:
         if id(layer) in found:
             return
         found[id(layer)] = layer
         inner = {id(child): child for child in layer._layers}  # in the order in which attributes were first set
-        attributes = {name: value for name, value in vars(layer).items() if name != "_layers"}
-        for name in sorted(attributes, key=lambda name: (not name.startswith("_"), name)):  # those of Keras first
-            for child in keras.tree.flatten(attributes[name]):
+        names = sorted(vars(layer).keys() - {"_layers"}, key=lambda name: (not name.startswith("_"), name))
+        for name in names if inner else ():  # those of Keras first
+            for child in held(vars(layer)[name]):
                 if inner.pop(id(child), None) is not None:
                     visit(child)
-        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # else it was replaced
+        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # in others, it was replaced
             visit(child)
 
     visit(model)
     return list(found.values())
 
 
-def _in_order(model: keras.Model) -> list[keras.Variable]:
+def _variables_in_order(model: keras.Model) -> list[keras.Variable]:
     """The variables of the model, layer by layer."""
     found: dict[int, keras.Variable] = {}
     for layer in _layers(model):
         inner = {id(variable) for child in layer._layers for variable in child.variables}
-        found |= {id(variable): variable for variable in layer.variables if id(variable) not in inner | found.keys()}
+        found |= {id(variable): variable for variable in layer.variables if id(variable) not in inner}
     return list(found.values())
 
 
@@ -869,7 +881,8 @@ def _arrays_of(variables: Mapping[str, list[_Spec]]) -> dict[str, _Spec]:
 def _automatic_names(model: keras.Model) -> set[str]:
     """The automatic names of a model's parts, without their numbers."""
     optimizer = getattr(model, "optimizer", None)
-    members = [*_layers(model), *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
+    layers = [each for layer in _layers(model) for each in (layer, *layer._layers)]  # also those that were replaced
+    members = [*layers, *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
     stems = {"seed_generator", "variable"}
     for member in members:
         stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
@@ -962,7 +975,7 @@ def _learning_rate(model: keras.Model) -> float | None:
 
 
 def _derive(layers: Sequence[keras.layers.Layer]) -> None:
-    """Makes layers such as Normalization compute anew what they derive from variables."""
+    """Recomputes what layers such as Normalization derive from their variables."""
     deriving = [layer for layer in layers if hasattr(layer, "finalize_state") and layer.variables]
     for layer in deriving:
         layer.finalize_state()
@@ -1064,8 +1077,11 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
 
 
 def _attributes(member: Any) -> dict[str, Any]:
-    slots = [name for kind in type(member).__mro__ for name in getattr(kind, "__slots__", ()) if hasattr(member, name)]
-    return {name: getattr(member, name) for name in slots if name != "__dict__"} | getattr(member, "__dict__", {})
+    """All attributes of an object, including those in `__slots__`."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(member).__mro__]
+    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
+    own = {name: getattr(member, name) for name in names if not name.startswith("__") and hasattr(member, name)}
+    return own | getattr(member, "__dict__", {})
 
 
 def _as_saved(value: Any) -> tuple[str, list[memoryview]] | None:
@@ -1109,7 +1125,7 @@ class _Stateful:
         self._initial: dict[str, Any] = {}
         if methods is None:
             self._initial = self._script_values()
-        else:
+        elif not isinstance(member, self._base):  # which may only have a state once `fit` has begun
             self.copy()  # raises if the state cannot be saved
 
     def _script_values(self) -> dict[str, Any]:
@@ -1122,7 +1138,7 @@ class _Stateful:
         return not isinstance(value, _CODE) or value in _OPERATIONS.values()
 
     def state_attributes(self) -> dict[str, Any]:
-        """The attributes that may be state, of an object without methods for it."""
+        """The attributes that may be state; empty if the object has state methods."""
         inherited = vars(self._base())
         own = _attributes(self.member) if self.get == self._changed else {}
         return {name: value for name, value in own.items() if name not in inherited and self._is_state(value)}
@@ -1143,7 +1159,10 @@ class _Stateful:
                 with contextlib.suppress(ValueError):  # of another bit generator
                     put(attributes[name], get(value))  # other objects may share it
                     continue
-            object.__setattr__(self.member, name, value)
+            if isinstance(getattr(type(self.member), name, None), types.MemberDescriptorType):  # a slot
+                object.__setattr__(self.member, name, value)
+            else:
+                vars(self.member)[name] = value
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1168,7 +1187,7 @@ class _Stateful:
 
 
 def _fingerprint(batch: Any) -> dict[str, Any]:
-    """The shapes of a batch, and a checksum of the first elements of each array, in the parts that this process has."""
+    """The shapes of a batch, and a checksum of the first elements of each array, as far as this process holds them."""
     shapes, parts, checksum = [], [], 0
     for leaf in jax.tree.leaves(batch):
         is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
@@ -1182,10 +1201,13 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
 
 
 def _generators_in(value: Any, besides: Iterable[Any] = ()) -> list[Any] | None:
-    """The states of all random generators that an object has somewhere; None if that cannot be told."""
-    parts, seen, states = [value], {id(each) for each in besides}, []
-    for part in parts:  # which grow meanwhile
-        if id(part) in seen or len(parts) > 10_000 or isinstance(part, (*_PLAIN, type, types.ModuleType)):
+    """The states of all random generators reachable from an object, besides the global ones; None if unreadable."""
+    of_all: tuple[Any, ...] = np.random.rand, random.random  # methods of the global generators
+    known = [*besides, *(method.__self__ for method in of_all)]
+    known.append(getattr(sys.modules.get("torch"), "default_generator", None))
+    parts, seen, states = [value], {id(each) for each in known}, []
+    for part in parts:  # the list grows while it is read
+        if isinstance(part, (*_PLAIN, type, types.ModuleType)) or id(part) in seen or len(seen) > 10_000:
             continue
         seen.add(id(part))
         try:
@@ -1195,34 +1217,44 @@ def _generators_in(value: Any, besides: Iterable[Any] = ()) -> list[Any] | None:
                 states += [np.asarray(part.value)] if "seed_generator_state" in part.path else []
             elif kind := next((kind for kind in _GENERATORS if isinstance(part, kind)), None):
                 states.append(_GENERATORS[kind][0](part))
-            elif methods := _state_methods(part):
-                states.append(methods[0]())
+            elif hasattr(part, "get_state") and hasattr(part, "set_state"):
+                states.append(part.get_state())
+            elif _is_key(part):
+                states.append(part)
             elif isinstance(part, (list, tuple, dict)):
                 parts += itertools.islice(part.values() if isinstance(part, dict) else part, 1000)
+            elif isinstance(part, functools.partial):
+                parts += [part.func, part.args, part.keywords]
             elif isinstance(part, types.FunctionType):
+                parts += [part.__defaults__, part.__kwdefaults__]
                 parts += [cell.cell_contents for cell in part.__closure__ or ()]
-            elif not getattr(part, "compiled", False):  # else it is the model that is trained, or another one
+            elif not getattr(part, "compiled", False):  # a compiled model is the one being trained, or another
                 own = part.variables if isinstance(part, keras.layers.Layer) else _attributes(part).values()
                 parts += [getattr(part, "__self__", None), *own]
-        except Exception:  # from objects of others
+        except Exception:  # a user's objects may raise anything
             return None
     return states
 
 
 def _loader_generators(data: Any, place: str) -> list[_Stateful]:
-    """The random generators of a torch DataLoader and of its samplers."""
+    """The random generators of a torch DataLoader and of its samplers; none for other data."""
+    if not hasattr(data, "collate_fn"):
+        return []
     samplers = getattr(data, "sampler", None), getattr(getattr(data, "batch_sampler", None), "sampler", None)
     found = {id(each): each for each in (getattr(owner, "generator", None) for owner in (data, *samplers))}
     generators = filter(_state_methods, found.values())
     return [_Stateful(generator, f"generator {number} of {place}") for number, generator in enumerate(generators)]
 
 
-def _draws_in(loader: Any, besides: Iterable[Any]) -> Any:
-    """What changes when random generators inside a torch DataLoader draw; nothing for other data."""
-    names = ["dataset", "collate_fn"] if hasattr(loader, "collate_fn") else []
-    names += [] if _state_methods(loader) else ["sampler", "batch_sampler"]  # torchdata saves those
-    inner = [each for each in (getattr(loader, name, None) for name in names) if not _state_methods(each)]
-    return _as_saved([_generators_in(each, besides) for each in inner])
+def _loader_marks(loader: Any, besides: Iterable[Any]) -> Any:
+    """The states of the other random generators inside a torch DataLoader, to see later whether they have drawn."""
+    if not hasattr(loader, "collate_fn"):
+        return None
+    inner = [loader.collate_fn, loader.sampler, loader.batch_sampler, loader.dataset]
+    if _state_methods(loader):  # torchdata saves the samplers, and a dataset that has a state
+        inner = [loader.collate_fn, None if _state_methods(loader.dataset) else loader.dataset]
+    states = [_generators_in(each, besides) for each in inner]
+    return object() if None in states else _as_saved(states)
 
 
 class _Resumable:
@@ -1237,7 +1269,7 @@ class _Resumable:
                 "StatefulDataLoader)."
             )
         self.data, (self._get, self._put) = data, methods
-        self._generators = _loader_generators(data, "the data")  # torchdata does not save them
+        self.generators = _loader_generators(data, "the data")  # torchdata does not save them
         self._beginning = self._now() if hasattr(data, "__next__") else None
         self._iterator: Any = None
         self._states: collections.deque[Any] = collections.deque()  # before each of the last batches drawn
@@ -1247,7 +1279,7 @@ class _Resumable:
 
     def _now(self) -> tuple[Any, list[Any]]:
         """The states of the data and of its random generators."""
-        return copy.deepcopy(self._get()), [each.copy() for each in self._generators]
+        return copy.deepcopy(self._get()), [each.copy() for each in self.generators]
 
     def _batches(self) -> Iterator[Any]:
         is_empty = False
@@ -1269,8 +1301,11 @@ class _Resumable:
         if state is not None:
             self._put(copy.deepcopy(state[0]))
         self._iterator = iter(self.data)  # only then does a loader apply the state
-        for generator, own in zip(self._generators, state[1] if state is not None else ()):
-            generator.put(own)
+        own = state[1] if state is not None else []
+        if own and len(own) != len(self.generators):
+            _warn("The loader has other random generators than when it was saved: the order of the data will differ.")
+        for generator, each in zip(self.generators, own):
+            generator.put(each)
 
     def begin(self, saved: Any) -> None:
         """Called when `fit` begins: sets the data to the saved state, or to its beginning."""
@@ -1316,8 +1351,9 @@ class _Dataset(_Stateful):
     def _is_state(self, value: Any) -> bool:
         if type(value) in _PLAIN:
             return True
-        is_key = isinstance(value, jax.Array) and value.ndim < 2 and str(value.dtype).startswith(("key", "uint32"))
-        if not self.hooks and not is_key and not isinstance(value, (np.generic, *_GENERATORS)):
+        if _is_key(value):
+            return True
+        if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
         if isinstance(value, (np.ndarray, jax.Array)):
             return value.ndim < 2 and value.nbytes <= _ORDER_BYTES and _as_saved(value.reshape(-1)[:1]) is not None
@@ -1332,7 +1368,7 @@ class _Dataset(_Stateful):
             if name in self.hooks or self._is_state(value):
                 continue
             if isinstance(value, (np.ndarray, jax.Array)):
-                marks[name] = zlib.crc32(np.asarray(np.atleast_1d(value)[:64]).tobytes())
+                marks[name] = zlib.crc32(np.asarray(value[:64] if value.ndim else value).tobytes())
             elif self.hooks and not isinstance(value, (*_CODE, keras.layers.Layer, keras.random.SeedGenerator)):
                 marks[name] = None
             elif states := _generators_in(value):
@@ -1982,7 +2018,7 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             # All of these are missing from the configs of enclosing layers.
             config["dtype_policy"] = keras.saving.serialize_keras_object(model.dtype_policy)
             config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
-            config["variables"] = [[variable.path, variable.trainable] for variable in _in_order(model)]
+            config["variables"] = [[variable.path, variable.trainable] for variable in _variables_in_order(model)]
             return json.loads(json.dumps(config)), _saved_assets(model)
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
@@ -2027,7 +2063,10 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
         stack.callback(keras.config.set_dtype_policy, earlier)  # it decides whether compile() scales the loss
         keras.config.set_dtype_policy(keras.saving.deserialize_keras_object(record.model["dtype_policy"]))
         model = keras.saving.deserialize_keras_object({**record.model, "compile_config": None})
-        for layer, (is_trainable, lora) in zip(_layers(model), record.model["layers"], strict=True):
+        layers, saved_layers = _layers(model), record.model["layers"]
+        if len(layers) != len(saved_layers):
+            raise ValueError(f"The model built from its config has {len(layers)} layers, not {len(saved_layers)}.")
+        for layer, (is_trainable, lora) in zip(layers, saved_layers):
             if lora and not layer.lora_enabled:
                 layer.enable_lora(lora["rank"])
             if lora:
@@ -2035,7 +2074,7 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
             if layer.trainable != is_trainable:
                 layer.trainable = is_trainable
         # The layers come in the same order; variables within a layer may not, but have the same names.
-        live = sorted(_in_order(model), key=lambda variable: _last_name(variable.path))
+        live = sorted(_variables_in_order(model), key=lambda variable: _last_name(variable.path))
         saved = sorted(record.model["variables"], key=lambda variable: _last_name(variable[0]))
         if [_last_name(variable.path) for variable in live] == [_last_name(path) for path, _ in saved]:
             for variable, (path, is_trainable) in zip(live, saved):
@@ -2058,8 +2097,8 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
-def _calls(config: Mapping[str, Any]) -> int:
-    """How many inputs all calls of layers in a model's config have together."""
+def _connections(config: Mapping[str, Any]) -> int:
+    """The number of tensors that layers pass to each other in a model's config."""
     return json.dumps(config).count('"keras_history"')
 
 
@@ -2069,7 +2108,7 @@ def _loadable(
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
     problem = "another tool wrote it" if record is None else record.model.get("error")
     if record is not None and problem is None:
-        calls = _calls(record.model)
+        connections = _connections(record.model)
         with _reading(step, path):
             archive = _read_archive(path, record) if record.run else None
         try:
@@ -2083,12 +2122,13 @@ def _loadable(
                 "KerasOrbaxCheckpointManager.restore_state()."
             )
             raise
-        rebuilt, _ = _described(model)
         if not model.built:
             problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-        elif "error" not in rebuilt and _calls(rebuilt) != calls:
-            problem = "Keras loses calls of layers that a nested model shares with the model around it"
-        else:
+        with contextlib.suppress(Exception), _serialization():  # from a user's get_config()
+            rebuilt: Any = keras.saving.serialize_keras_object(model)
+            if _connections(rebuilt) != connections:
+                problem = "Keras loses calls of layers that a nested model shares with the model around it"
+        if problem is None:
             return model, variables
     raise CheckpointError(
         f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
@@ -2100,7 +2140,7 @@ def _unsaved_state(model: keras.Model) -> list[str]:
     """Names of layers whose own `save_own_variables` saves more than their variables."""
     names = []
     for layer in _layers(model):
-        # Keras's own layers save variables in other forms; without variables, StringLookup saves the weights of tf_idf.
+        # Keras's own layers may save variables in another form. StringLookup has none, but saves its tf_idf weights.
         if not layer.variables or not layer.save_own_variables.__module__.startswith(("keras.", "keras_hub.")):
             stored: dict[str, Any] = {}
             layer.save_own_variables(stored)
@@ -2230,8 +2270,6 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
             raise NotADirectoryError(error.errno, f"{str(directory)!r} is a file. {advice}") from None
     else:
         try:
-            if _is_committed(directory):
-                raise ValueError(f"checkpoint_dir={str(directory)!r} is a step of another run, and would go with it.")
             if options.get("create", True):
                 os.makedirs(directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
@@ -2240,26 +2278,35 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, A
             problem = f"checkpoint_dir={str(directory)!r} cannot be written to ({error.strerror})"
             advice = "Choose another directory, or, to restore only, a manager with read_only=True"
             raise OSError(error.errno, f"{problem}. {advice}") from error
+    if not is_read_only and _is_committed(directory):
+        raise ValueError(
+            f"checkpoint_dir={str(directory)!r} is itself a step in a checkpoint directory, and would be deleted with "
+            "it. Give another directory."
+        )
     return directory
 
 
-def _check_is_shared(directory: epath.Path) -> None:
-    """Raises if the directory is not one and the same for all processes."""
+def _check_is_shared(directory: epath.Path, options: Mapping[str, Any]) -> None:
+    """Raises unless all processes see the same directory."""
+    if jax.process_count() == 1 or options.get("read_only"):
+        return
     probe = directory / f"{_gather(uuid.uuid4().hex)[0]}.orbax-keras-ckpt"
     with _agreed():
         if jax.process_index() == 0:
             probe.write_text("")
-    patience = time.monotonic() + 10  # a network may take a while
-    while not (is_seen := probe.exists()) and time.monotonic() < patience:
-        time.sleep(0.1)
+    deadline = time.monotonic() + 10  # a network file system may lag
+    with _agreed():
+        while not (is_seen := probe.exists()) and time.monotonic() < deadline:
+            time.sleep(0.1)
     seen = _gather(is_seen)
-    if jax.process_index() == 0:
-        probe.unlink()
+    with _agreed():
+        if jax.process_index() == 0:
+            probe.unlink()
     if not all(seen):
         missing = ", ".join(str(process) for process, is_seen in enumerate(seen) if not is_seen)
         raise CheckpointError(
-            f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: {missing} cannot see what "
-            "process 0 writes there. Give a directory that all processes share."
+            f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: process {missing} cannot "
+            "see what process 0 writes there. Give a directory that all processes share."
         )
 
 
@@ -2347,12 +2394,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
         _check_seams(model)
         with _agreed():
             directory = _usable_directory(checkpoint_dir, kwargs)
-        if jax.process_count() > 1 and not kwargs.get("read_only"):
-            _check_is_shared(directory)
+        _check_is_shared(directory, kwargs)
         self._model = model
         self._steps_per_epoch = int(steps_per_epoch)
-        self._monitor = monitor
-        self._mode = mode
+        self._monitor, self._mode = monitor, mode
         self._best_fn = (kwargs["best_fn"], kwargs.get("best_mode", "max")) if kwargs.get("best_fn") else None
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
@@ -2380,7 +2425,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
         given.pop("enable_background_delete", None)  # deletions are in the background of a save anyway
-        # When Orbax saves in the foreground and one process fails, the others wait for it in a collective.
+        # Never in the foreground: when one process fails there, the others wait for it in a collective.
         ours = {"enable_async_checkpointing": True, "async_options": waiting}
         ours |= {"prevent_write_metrics": True, "step_prefix": self._prefix}
         if not _is_bucket(directory):
@@ -2543,7 +2588,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._model.jax_state_sync()  # within fit, by another callback
         self._describe()  # the model may have been recompiled
         started = self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
-        if (3, 12) <= sys.version_info < (3, 12, 3):  # a commit starts threads, which these refuse when the script ends
+        if (3, 12) <= sys.version_info < (3, 12, 3):  # these start no threads at exit, but a commit needs some
             self.wait_until_finished()
         return started
 
@@ -2741,7 +2786,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             path = _steps(self.directory, self._prefix).get(step)
             is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
-            what = "the step that is there is another run's" if path else what
+            what = "another run has saved that step" if path else what
         text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
         if not is_committed:
             raise CheckpointError(
@@ -2957,8 +3002,8 @@ class _Run(keras.callbacks.Callback):
         self.dataset = datasets.get("the data")
         generators = {place: _loader_generators(data, place) for place, data in given.items()}
         self.members = [*callback._stateful, *datasets.values(), *itertools.chain(*generators.values())]
-        self.sources = [*([self.dataset] if self.dataset else []), *generators["the data"]]  # of the order of the data
-        self.draws = self._draws()
+        self.sources = [*([self.dataset] if self.dataset else []), *generators["the data"]]  # decide the data's order
+        self.loader_marks = self._marks_of_loaders()
         self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
@@ -2975,10 +3020,12 @@ class _Run(keras.callbacks.Callback):
         self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
 
-    def _draws(self) -> list[Any]:
-        """What changes when random generators that are not saved draw for the data."""
-        given = [self.resumable.data if self.resumable is not None else self.fit.data, self.fit.held_out]
-        return [_draws_in(data, [member.member for member in self.members]) for data in given]
+    def _marks_of_loaders(self) -> list[Any]:
+        """The states of the random generators in the data and the validation data that are not saved."""
+        data, saved = self.fit.data, self.members
+        if self.resumable is not None:
+            data, saved = self.resumable.data, [*saved, *self.resumable.generators]
+        return [_loader_marks(each, [member.member for member in saved]) for each in (data, self.fit.held_out)]
 
     # Starting.
 
@@ -3030,7 +3077,7 @@ class _Run(keras.callbacks.Callback):
                     owners[id(value)].append(f"{name!r} of {member.label}")
         for names in owners.values():
             if len(names) > 1 and any("stateful[" in name for name in names):
-                _warn(f"{' and '.join(names)} are one object, but will be copies of it after a resume.")
+                _warn(f"{' and '.join(names)} are the same object, but will be separate copies after a resume.")
         source, is_endless = self.resumable, self.fit.epoch_iterator.steps_per_epoch
         if source is not None and not (is_endless and source.drawn > source.first):
             raise ValueError(
@@ -3039,7 +3086,10 @@ class _Run(keras.callbacks.Callback):
             )
         for each in self.callback._stateful:
             if getattr(each.member, "async_safe", False):
-                _warn(f"{each.label} has async_safe=True: Keras calls its hooks in threads, maybe only after a save.")
+                _warn(
+                    f"{each.label} has async_safe=True: Keras calls its hooks in threads, so a save may miss its "
+                    "latest state. Set async_safe=False."
+                )
             is_idle = all(each.member is not other for other in self.fit.callbacks.callbacks)
             if isinstance(each.member, keras.callbacks.Callback) and is_idle:
                 _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
@@ -3228,7 +3278,7 @@ class _Run(keras.callbacks.Callback):
                 raise self._other_data(f"{shapes}: the batch size or the data has changed")
         if self.dataset and self.count > self.start.batch:
             return  # this pass began in an earlier epoch, and the dataset may have changed since
-        # With another layout, a process has other parts of the batch.
+        # With another layout, a process holds other parts of the batch: their checksums cannot be compared.
         if any(_gather(found != saved and found["parts"] == saved["parts"])):
             _warn(
                 f"The data differs from the run saved at step {step}: the last skipped batch has other content. "
@@ -3282,12 +3332,13 @@ class _Run(keras.callbacks.Callback):
         for member in self.members:
             if isinstance(member, _Dataset):
                 member.compare()
-        if self.draws and self.draws != self._draws():
+        if self.loader_marks and self.loader_marks != self._marks_of_loaders():
             _warn(
-                "Random generators inside the DataLoader have drawn numbers, and are not saved: a resumed run may then "
-                "see other data. Use torch's global generator or generator=..., or seed one by each item's index."
+                "Random generators inside the DataLoader have, or may have, drawn numbers but are not saved, so a "
+                "resumed run may see other data. Use torch's global generator, pass generator=... to the DataLoader, "
+                "or seed a generator from each item's index."
             )
-        self.draws = []
+        self.loader_marks = []
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":
@@ -3537,7 +3588,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         self._resumable = _Resumable(data)
         return self._resumable.generator
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # of copy and pickle
+    def __reduce_ex__(self, protocol: Any) -> Any:  # called by copy and pickle
         raise TypeError(
             "OrbaxCheckpointCallback cannot be copied, because it belongs to one model and one directory: with "
             "KerasTuner, make it in HyperModel.fit() instead of passing it to search()."
@@ -3554,12 +3605,14 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         model: Any = self._model
         if model is not self._fitted_model:
             raise ValueError(
-                f"This callback was made for another model object, {self._fitted_model.name!r}, than the one being "
-                f"fitted, {model.name!r}. Make the callback with the model that you fit."
+                f"This callback was made for the model object {self._fitted_model.name!r}, but fit was called on "
+                f"another, {model.name!r}. Make the callback with the model that you fit."
             )
         # `fit` is iterating over this list and will reach its new end. A CallbackList of the user's may still hold the
         # run of an earlier fit.
-        callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [_Run(self, fit)]
+        with _agreed():
+            run = _Run(self, fit)
+        callbacks[:] = [each for each in callbacks if not isinstance(each, _Run)] + [run]
 
 
 # ---------------------------------------------------------------------------------------- command line
