@@ -1349,9 +1349,7 @@ class _Dataset(_Stateful):
         return {name: value for name, value in self.copy().items() if isinstance(value, _PLAIN)}
 
     def _is_state(self, value: Any) -> bool:
-        if type(value) in _PLAIN:
-            return True
-        if _is_key(value):
+        if type(value) in _PLAIN or _is_key(value):
             return True
         if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
@@ -1371,10 +1369,8 @@ class _Dataset(_Stateful):
                 marks[name] = zlib.crc32(np.asarray(value[:64] if value.ndim else value).tobytes())
             elif self.hooks and not isinstance(value, (*_CODE, keras.layers.Layer, keras.random.SeedGenerator)):
                 marks[name] = None
-            elif states := _generators_in(value):
-                marks[name] = _as_saved(states)
-            elif states is None:
-                marks[name] = None
+            elif (states := _generators_in(value)) != []:
+                marks[name] = states and _as_saved(states)
         return marks
 
     def compare(self) -> None:
@@ -2372,6 +2368,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         ValueError: An argument is invalid, or Keras's backend is not JAX.
         TypeError: A keyword is neither an argument of this class nor an Orbax option.
         OSError: The directory cannot be reached or written to.
+        CheckpointError: The processes do not share the directory.
         RuntimeError: A private attribute that this file uses is missing in this version of Keras, Orbax or JAX.
     """
 
@@ -3525,7 +3522,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         CheckpointMismatchError: In `fit`: the newest checkpoint does not match the model, or the run resumes inside
             an epoch and the number or shape of the batches has changed. Changed content only causes a warning.
         CheckpointCorruptError: In `fit`: every checkpoint is damaged.
-        CheckpointError: In `fit`: a save has failed.
+        CheckpointError: The processes do not share the directory. In `fit`: a save has failed.
     """
 
     def __init__(
