@@ -1217,7 +1217,7 @@ def _generators_in(value: Any, besides: Iterable[Any] = ()) -> list[Any] | None:
                 states += [np.asarray(part.value)] if "seed_generator_state" in part.path else []
             elif kind := next((kind for kind in _GENERATORS if isinstance(part, kind)), None):
                 states.append(_GENERATORS[kind][0](part))
-            elif hasattr(part, "get_state") and hasattr(part, "set_state"):
+            elif hasattr(part, "get_state") and hasattr(part, "set_state"):  # a state_dict would be a module's weights
                 states.append(part.get_state())
             elif _is_key(part):
                 states.append(part)

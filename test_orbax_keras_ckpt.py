@@ -1293,12 +1293,13 @@ def test_generators_inside_a_torch_loader_that_are_not_saved_are_named(tmp_path,
         def __getitem__(self, index):
             return X[index] + self.transforms[0].rng.normal(size=6).astype("float32"), Y[index]
 
-    for rng in (np.random.default_rng(1), random):
-        rows = Rows(rng if rng is not random else types.SimpleNamespace(normal=np.random.normal))
-        loader = torch.utils.data.DataLoader(rows, 6, shuffle=True, generator=torch.Generator())
-        is_named = pytest.warns(UserWarning, match="inside the DataLoader have, or may have, drawn numbers")
-        with is_named if rng is not random else contextlib.nullcontext():
-            model.fit(loader, shuffle=False, verbose=0, callbacks=[callback(model, tmp_path / str(rng is random))])
+    def run(directory, rng):
+        loader = torch.utils.data.DataLoader(Rows(rng), 6, shuffle=True, generator=torch.Generator())
+        model.fit(loader, shuffle=False, verbose=0, callbacks=[callback(model, directory)])
+
+    with pytest.warns(UserWarning, match="inside the DataLoader have, or may have, drawn numbers"):
+        run(tmp_path / "own", np.random.default_rng(1))
+    run(tmp_path / "global", types.SimpleNamespace(normal=np.random.normal))
 
 
 def test_another_number_of_steps_begins_the_data_anew(tmp_path):
