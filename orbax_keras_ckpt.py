@@ -1879,8 +1879,8 @@ class _Restore:
                 restored = self._one(candidate, steps[candidate])
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
-                if is_damage and any(_gather(self._identity(candidate) != before)):
-                    return self.run(step)  # a run in progress has deleted or replaced it
+                if is_damage and any(_gather(before is None or self._identity(candidate) != before)):
+                    return self.run(step)  # a run in progress has deleted or replaced it since it was listed
                 if step is not None or not (is_damage or damaged):
                     raise
                 damaged[candidate] = error  # also a mismatch, when newer steps are damaged

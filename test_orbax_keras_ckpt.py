@@ -3393,6 +3393,26 @@ def test_what_tensorstore_says_of_a_failing_disk_is_not_damage():
     assert orbax_keras_ckpt._is_damage(ValueError("DATA_LOSS: Digest mismatch in /UNAVAILABLE/d/0"))
 
 
+@pytest.mark.parametrize("step", [None, 1])
+def test_step_that_is_deleted_right_after_the_directory_was_listed_is_no_damage(step, directory, tmp_path, monkeypatch):
+    (directory / "2").rename(tmp_path / "2")
+    listing = orbax_keras_ckpt._steps_together
+
+    def then_another_run_commits(*arguments):
+        listed = listing(*arguments)
+        if (tmp_path / "2").exists():
+            (tmp_path / "2").rename(directory / "2")
+            (directory / "1/_CHECKPOINT_METADATA").unlink()
+        return listed
+
+    monkeypatch.setattr(orbax_keras_ckpt, "_steps_together", then_another_run_commits)
+    if step is not None:
+        with pytest.raises(FileNotFoundError, match="no checkpoint of step 1"):
+            load_model(directory, step)
+    else:
+        assert int(load_model(directory).optimizer.iterations.value) == 9
+
+
 def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
     assert orbax_keras_ckpt._unpack(orbax_keras_ckpt._pack(keras.ops.less)) is keras.ops.less
     code = [{"name": [name]} for name in ("__builtins__", "exp", "os")]
