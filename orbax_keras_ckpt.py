@@ -607,23 +607,14 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and all layers in it, outer ones first; in the same order for two models of one config."""
     found: dict[int, keras.layers.Layer] = {}
 
-    def held(value: Any) -> Iterator[Any]:
-        for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-            yield from held(each)
-        yield value
-
     def visit(layer: keras.layers.Layer) -> None:
-        if id(layer) in found:
-            return
         found[id(layer)] = layer
-        inner = {id(child): child for child in layer._layers}  # in the order in which attributes were first set
-        names = sorted(vars(layer).keys() - {"_layers"}, key=lambda name: (not name.startswith("_"), name))
-        for name in names if inner else ():  # those of Keras first
-            for child in held(vars(layer)[name]):
-                if inner.pop(id(child), None) is not None:
-                    visit(child)
-        for child in inner.values() if isinstance(layer, keras.Sequential) else ():  # in others, it was replaced
-            visit(child)
+        tracked = {id(child) for child in layer._layers}  # in the order in which attributes were first set
+        own = {"layers": layer.layers} if isinstance(layer, keras.Sequential) else vars(layer)
+        names = sorted(own.keys() - {"_layers"}, key=lambda name: (not name.startswith("_"), name))  # Keras's own first
+        for child in keras.tree.flatten([own[name] for name in names if tracked]):
+            if id(child) in tracked and id(child) not in found:
+                visit(child)
 
     visit(model)
     return list(found.values())
@@ -1200,39 +1191,15 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
     return {"shapes": shapes, "parts": parts, "checksum": checksum}
 
 
-def _generators_in(value: Any, besides: Iterable[Any] = ()) -> list[Any] | None:
-    """The states of all random generators reachable from an object, besides the global ones; None if unreadable."""
-    of_all: tuple[Any, ...] = np.random.rand, random.random  # methods of the global generators
-    known = [*besides, *(method.__self__ for method in of_all)]
-    known.append(getattr(sys.modules.get("torch"), "default_generator", None))
-    parts, seen, states = [value], {id(each) for each in known}, []
-    for part in parts:  # the list grows while it is read
-        if isinstance(part, (*_PLAIN, type, types.ModuleType)) or id(part) in seen or len(seen) > 10_000:
-            continue
-        seen.add(id(part))
-        try:
-            if isinstance(part, (types.GeneratorType, random.SystemRandom)):
-                return None
-            if isinstance(part, keras.Variable):
-                states += [np.asarray(part.value)] if "seed_generator_state" in part.path else []
-            elif kind := next((kind for kind in _GENERATORS if isinstance(part, kind)), None):
-                states.append(_GENERATORS[kind][0](part))
-            elif hasattr(part, "get_state") and hasattr(part, "set_state"):  # a state_dict would be a module's weights
-                states.append(part.get_state())
-            elif _is_key(part):
-                states.append(part)
-            elif isinstance(part, (list, tuple, dict)):
-                parts += itertools.islice(part.values() if isinstance(part, dict) else part, 1000)
-            elif isinstance(part, functools.partial):
-                parts += [part.func, part.args, part.keywords]
-            elif isinstance(part, types.FunctionType):
-                parts += [part.__defaults__, part.__kwdefaults__]
-                parts += [cell.cell_contents for cell in part.__closure__ or ()]
-            elif not getattr(part, "compiled", False):  # a compiled model is the one being trained, or another
-                own = part.variables if isinstance(part, keras.layers.Layer) else _attributes(part).values()
-                parts += [getattr(part, "__self__", None), *own]
-        except Exception:  # a user's objects may raise anything
-            return None
+def _drawing(value: Any) -> list[Any]:
+    """The states of the random generators in a value, also those in lists and dictionaries and of Keras layers."""
+    states: list[Any] = []
+    for leaf in jax.tree.leaves(value):
+        if type(leaf) in _GENERATORS:
+            states.append(_GENERATORS[type(leaf)][0](leaf))
+        elif isinstance(leaf, (keras.layers.Layer, keras.random.SeedGenerator)):
+            held = leaf.variables if isinstance(leaf, keras.layers.Layer) else [leaf.state]
+            states += [np.asarray(each.value) for each in held if "seed_generator_state" in each.path]
     return states
 
 
@@ -1244,17 +1211,6 @@ def _loader_generators(data: Any, place: str) -> list[_Stateful]:
     found = {id(each): each for each in (getattr(owner, "generator", None) for owner in (data, *samplers))}
     generators = filter(_state_methods, found.values())
     return [_Stateful(generator, f"generator {number} of {place}") for number, generator in enumerate(generators)]
-
-
-def _loader_marks(loader: Any, besides: Iterable[Any]) -> Any:
-    """The states of the other random generators inside a torch DataLoader, to see later whether they have drawn."""
-    if not hasattr(loader, "collate_fn"):
-        return None
-    inner = [loader.collate_fn, loader.sampler, loader.batch_sampler, loader.dataset]
-    if _state_methods(loader):  # torchdata saves the samplers, and a dataset that has a state
-        inner = [loader.collate_fn, None if _state_methods(loader.dataset) else loader.dataset]
-    states = [_generators_in(each, besides) for each in inner]
-    return object() if None in states else _as_saved(states)
 
 
 class _Resumable:
@@ -1367,10 +1323,10 @@ class _Dataset(_Stateful):
                 continue
             if isinstance(value, (np.ndarray, jax.Array)):
                 marks[name] = zlib.crc32(np.asarray(value[:64] if value.ndim else value).tobytes())
-            elif self.hooks and not isinstance(value, (*_CODE, keras.layers.Layer, keras.random.SeedGenerator)):
+            elif states := _drawing(value):
+                marks[name] = _as_saved(states)
+            elif self.hooks and not isinstance(value, (*_CODE, keras.layers.Layer)):
                 marks[name] = None
-            elif (states := _generators_in(value)) != []:
-                marks[name] = states and _as_saved(states)
         return marks
 
     def compare(self) -> None:
@@ -2093,18 +2049,12 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
-def _connections(config: Mapping[str, Any]) -> int:
-    """The number of tensors that layers pass to each other in a model's config."""
-    return json.dumps(config).count('"keras_history"')
-
-
 def _loadable(
     step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any
 ) -> tuple[keras.Model, _Variables]:
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
     problem = "another tool wrote it" if record is None else record.model.get("error")
     if record is not None and problem is None:
-        connections = _connections(record.model)
         with _reading(step, path):
             archive = _read_archive(path, record) if record.run else None
         try:
@@ -2120,10 +2070,6 @@ def _loadable(
             raise
         if not model.built:
             problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-        with contextlib.suppress(Exception), _serialization():  # from a user's get_config()
-            rebuilt: Any = keras.saving.serialize_keras_object(model)
-            if _connections(rebuilt) != connections:
-                problem = "Keras loses calls of layers that a nested model shares with the model around it"
         if problem is None:
             return model, variables
     raise CheckpointError(
@@ -2290,20 +2236,19 @@ def _check_is_shared(directory: epath.Path, options: Mapping[str, Any]) -> None:
     with _agreed():
         if jax.process_index() == 0:
             probe.write_text("")
-    deadline = time.monotonic() + 10  # a network file system may lag
-    with _agreed():
-        while not (is_seen := probe.exists()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-    seen = _gather(is_seen)
-    with _agreed():
+    try:
+        with _agreed():
+            deadline = time.monotonic() + 10  # a network file system may lag
+            while not probe.exists():
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: this "
+                        "process does not see what process 0 writes there. Give a directory that all share."
+                    )
+                time.sleep(0.1)
+    finally:
         if jax.process_index() == 0:
             probe.unlink()
-    if not all(seen):
-        missing = ", ".join(str(process) for process, is_seen in enumerate(seen) if not is_seen)
-        raise CheckpointError(
-            f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: process {missing} cannot "
-            "see what process 0 writes there. Give a directory that all processes share."
-        )
 
 
 _SAVING: set[Any] = set()  # managers of this process with a save in progress
@@ -2405,7 +2350,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._is_writing = False  # until it is committed or has failed
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
         self._undeleted: list[str] = []  # why deletions failed
-        self._fitting = False  # while True, the callback asks JAX for signals
         self._meetings = _Meetings()
         self._arrays = _ArrayHandler(compression)
         options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
@@ -2796,11 +2740,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._is_writing = False
         self._meetings.give_up(error)
 
-    def reached_preemption(self, step: int) -> bool:
-        """As in Orbax, but False while `fit` runs with OrbaxCheckpointCallback, which asks JAX itself."""
-        # JAX's processes agree on a call number, one above the highest so far. Orbax would ask with other numbers.
-        return not self._fitting and super().reached_preemption(step)
-
     def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
         """Raises if each process has variables of its own: they would overwrite each other's arrays."""
         if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
@@ -3000,7 +2939,6 @@ class _Run(keras.callbacks.Callback):
         generators = {place: _loader_generators(data, place) for place, data in given.items()}
         self.members = [*callback._stateful, *datasets.values(), *itertools.chain(*generators.values())]
         self.sources = [*([self.dataset] if self.dataset else []), *generators["the data"]]  # decide the data's order
-        self.loader_marks = self._marks_of_loaders()
         self.histories = [each for each in fit.callbacks.callbacks if isinstance(each, keras.callbacks.History)]
         self.start = _Position(0, batches=0)  # where the run continues, or begins
         self.restored = _Restored(None, None, {})
@@ -3016,13 +2954,6 @@ class _Run(keras.callbacks.Callback):
         self.before_validation: tuple | None = None  # the same, and what else validation may change
         self.preemption: Any = None  # a _Preemption, once fit has begun
         self.undo = contextlib.ExitStack()
-
-    def _marks_of_loaders(self) -> list[Any]:
-        """The states of the random generators in the data and the validation data that are not saved."""
-        data, saved = self.fit.data, self.members
-        if self.resumable is not None:
-            data, saved = self.resumable.data, [*saved, *self.resumable.generators]
-        return [_loader_marks(each, [member.member for member in saved]) for each in (data, self.fit.held_out)]
 
     # Starting.
 
@@ -3058,8 +2989,6 @@ class _Run(keras.callbacks.Callback):
         *others, metrics = _train_state(self._model)
         self.before_batch = _references(others), _copies(metrics)
         self.preemption = _Preemption(self.callback._signals, self.undo)
-        self.manager._fitting = _jax_owns_sigterm()
-        self.undo.callback(setattr, self.manager, "_fitting", False)
         _watch_fit(self._model, self.fit, self.steps, self._end_training, self.end)
 
     def _check(self) -> None:
@@ -3067,14 +2996,6 @@ class _Run(keras.callbacks.Callback):
         self.manager._start_run()
         for member in self.members:
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
-        owners = collections.defaultdict(list)
-        for member in self.members:
-            for name, value in member.state_attributes().items():
-                if isinstance(value, (list, dict, set, collections.deque, np.ndarray)):
-                    owners[id(value)].append(f"{name!r} of {member.label}")
-        for names in owners.values():
-            if len(names) > 1 and any("stateful[" in name for name in names):
-                _warn(f"{' and '.join(names)} are the same object, but will be separate copies after a resume.")
         source, is_endless = self.resumable, self.fit.epoch_iterator.steps_per_epoch
         if source is not None and not (is_endless and source.drawn > source.first):
             raise ValueError(
@@ -3082,11 +3003,6 @@ class _Run(keras.callbacks.Callback):
                 "was not. Nothing was trained. Call model.fit(checkpoint.resumable(data), steps_per_epoch=...)."
             )
         for each in self.callback._stateful:
-            if getattr(each.member, "async_safe", False):
-                _warn(
-                    f"{each.label} has async_safe=True: Keras calls its hooks in threads, so a save may miss its "
-                    "latest state. Set async_safe=False."
-                )
             is_idle = all(each.member is not other for other in self.fit.callbacks.callbacks)
             if isinstance(each.member, keras.callbacks.Callback) and is_idle:
                 _warn(f"{each.label} was not passed to fit(callbacks=[...]), so it does nothing here.")
@@ -3329,13 +3245,6 @@ class _Run(keras.callbacks.Callback):
         for member in self.members:
             if isinstance(member, _Dataset):
                 member.compare()
-        if self.loader_marks and self.loader_marks != self._marks_of_loaders():
-            _warn(
-                "Random generators inside the DataLoader have, or may have, drawn numbers but are not saved, so a "
-                "resumed run may see other data. Use torch's global generator, pass generator=... to the DataLoader, "
-                "or seed a generator from each item's index."
-            )
-        self.loader_marks = []
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
         if is_asked or self.callback._save_freq == "epoch":

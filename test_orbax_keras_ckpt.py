@@ -32,7 +32,6 @@ import tempfile
 import threading
 import time
 import traceback
-import types
 import urllib.request
 import warnings
 import weakref
@@ -1250,10 +1249,7 @@ def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit
         model.fit(data, shuffle=shuffle, verbose=0, callbacks=[*others, ours], validation_data=held_out)
 
     rng, shuffled = np.random.default_rng(1), Plain("in order")
-    inner = types.SimpleNamespace(rngs={"deep": [rng]})
     shuffles = on(on_epoch_end=lambda epoch, logs: np.random.shuffle(shuffled.index))
-    threaded, sharing = on(), on()
-    threaded.async_safe, sharing.shared = True, shuffled.index
 
     for message, data, options in (
         ("Dataset has.* in on_epoch_begin and on_epoch_end .* saved: tokens", Dataset("anew"), {"tokens": object()}),
@@ -1263,14 +1259,8 @@ def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit
         ("Named has.* that are not saved: names", Named("anew"), {"names": Named.names}),
         ("Augmented has.* attributes that are not saved: drop", Augmented(), {}),
         ("Augmented has.* attributes that are not saved: drop", Plain("in order"), {"held_out": Augmented()}),
-        ("Plain has.* not saved: rngs, tools", Plain("others' noise"), {"rngs": [rng], "tools": lambda: inner.rngs}),
-        ("Plain has.* not saved: it", Plain("in order"), {"it": stream()}),
-        ("Plain has.* saved: rngs, part", Plain("others' noise"), {"rngs": [rng], "part": functools.partial(len, rng)}),
+        ("Plain has.* not saved: rngs", Plain("others' noise"), {"rngs": [rng]}),
         ("Plain has.* not saved: index", shuffled, {"others": [shuffles]}),
-        ("'shared' of stateful.*and 'index' of the data.*are the same object", Dataset("none"), {
-            "stateful": [sharing], "others": [sharing], "index": shuffled.index
-        }),
-        ("async_safe=True", Plain("in order"), {"stateful": [threaded], "others": [threaded]}),
         ("was not passed to fit", Plain("in order"), {"stateful": [STOPPING]}),
     ):
         with pytest.warns(UserWarning, match=message):
@@ -1278,28 +1268,6 @@ def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit
     run(Plain("noise"), paths=np.array(["a", "b"], dtype=object), shape=Point(1, 2), tokens=object())  # never changed
     run(Own())
     run(data := Own(), stateful=[data])
-
-
-def test_generators_inside_a_torch_loader_that_are_not_saved_are_named(tmp_path, model):
-    skip_where_missing("torch")
-
-    class Rows(torch.utils.data.Dataset):
-        def __init__(self, rng):
-            self.transforms = [types.SimpleNamespace(rng=rng)]
-
-        def __len__(self):
-            return 24
-
-        def __getitem__(self, index):
-            return X[index] + self.transforms[0].rng.normal(size=6).astype("float32"), Y[index]
-
-    def run(directory, rng):
-        loader = torch.utils.data.DataLoader(Rows(rng), 6, shuffle=True, generator=torch.Generator())
-        model.fit(loader, shuffle=False, verbose=0, callbacks=[callback(model, directory)])
-
-    with pytest.warns(UserWarning, match="inside the DataLoader have, or may have, drawn numbers"):
-        run(tmp_path / "own", np.random.default_rng(1))
-    run(tmp_path / "global", types.SimpleNamespace(normal=np.random.normal))
 
 
 def test_another_number_of_steps_begins_the_data_anew(tmp_path):
@@ -3130,13 +3098,6 @@ def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
         load_model(tmp_path / "none")
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path / "none")).epoch == [0, 1]  # but it is resumed
-    shared, sequential = layers.Dense(6), keras.Sequential([layers.Dense(6)])
-    first, second = keras.Input((6,)), keras.Input((6,))
-    deep = keras.Model(second, shared(second))
-    lost = compiled(keras.Model(first, deep(sequential(shared(shared(first))))))  # Keras rebuilds one call less
-    save(lost, tmp_path / "lost")
-    with pytest.raises(CheckpointError, match="cannot be loaded without its code: Keras loses calls of layers"):
-        load_model(tmp_path / "lost")
     GuidesCallback(code, tmp_path / "foreign").on_epoch_end(0)
     with pytest.raises(CheckpointError, match="cannot be loaded without its code: another tool wrote it"):
         load_model(tmp_path / "foreign")
@@ -3895,7 +3856,7 @@ def fails_alone(work, victim):
         manager.close()
     with pytest.raises((TypeError, CheckpointError), match="cannot be saved"):
         callback(model, os.path.join(work, "ckpt"), stateful=[Keeper(object() if process == victim else 1)])
-    with pytest.raises(CheckpointError, match="not the same directory for all processes: process 1 cannot see"):
+    with pytest.raises(CheckpointError, match="not the same directory for all processes"):
         callback(model, os.path.join(work, f"of {process}"))
 
 
