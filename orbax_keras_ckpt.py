@@ -1067,14 +1067,6 @@ def _state_methods(member: Any) -> tuple[Callable, Callable] | None:
     return None
 
 
-def _attributes(member: Any) -> dict[str, Any]:
-    """All attributes of an object, including those in `__slots__`."""
-    slots = [getattr(kind, "__slots__", ()) for kind in type(member).__mro__]
-    names = [name for each in slots for name in ([each] if isinstance(each, str) else each)]
-    own = {name: getattr(member, name) for name in names if not name.startswith("__") and hasattr(member, name)}
-    return own | getattr(member, "__dict__", {})
-
-
 def _as_saved(value: Any) -> tuple[str, list[memoryview]] | None:
     """A value in the form in which it would be saved; None if it cannot be."""
     try:
@@ -1128,32 +1120,24 @@ class _Stateful:
     def _is_state(self, value: Any) -> bool:
         return not isinstance(value, _CODE) or value in _OPERATIONS.values()
 
-    def state_attributes(self) -> dict[str, Any]:
-        """The attributes that may be state; empty if the object has state methods."""
-        inherited = vars(self._base())
-        own = _attributes(self.member) if self.get == self._changed else {}
-        return {name: value for name, value in own.items() if name not in inherited and self._is_state(value)}
-
     def _changed(self) -> dict[str, Any]:
-        changed = {}
-        for name, value in self.state_attributes().items():
-            initial = self._initial.get(name, self)
-            if type(value) is not type(initial) or _as_saved(value) != _as_saved(initial):
-                changed[name] = value
+        changed, inherited = {}, vars(self._base())
+        for name, value in vars(self.member).items():
+            if name not in inherited and self._is_state(value):
+                initial = self._initial.get(name, self)
+                if type(value) is not type(initial) or _as_saved(value) != _as_saved(initial):
+                    changed[name] = value
         return changed
 
     def _set_changed(self, changed: Mapping[str, Any]) -> None:
-        attributes = _attributes(self.member)
+        attributes = vars(self.member)
         for name, value in (_copied(self._initial) | changed).items():
             if type(value) in _GENERATORS and type(attributes.get(name)) is type(value):
                 get, put = _GENERATORS[type(value)]
                 with contextlib.suppress(ValueError):  # of another bit generator
                     put(attributes[name], get(value))  # other objects may share it
                     continue
-            if isinstance(getattr(type(self.member), name, None), types.MemberDescriptorType):  # a slot
-                object.__setattr__(self.member, name, value)
-            else:
-                vars(self.member)[name] = value
+            attributes[name] = value
 
     def put(self, state: Any) -> None:
         self._put(_copied(state))
@@ -1318,7 +1302,7 @@ class _Dataset(_Stateful):
     def _unsaved(self) -> dict[str, Any]:
         """The attributes that an epoch may change but that are not saved, and what tells whether it has, or None."""
         marks: dict[str, Any] = {}
-        for name, value in _attributes(self.member).items():
+        for name, value in vars(self.member).items():
             if name in self.hooks or self._is_state(value):
                 continue
             if isinstance(value, (np.ndarray, jax.Array)):
@@ -2831,22 +2815,19 @@ class _Preemption:
         self.received: Any = None  # the number of the signal received
         self._asks_jax = signal.SIGTERM in signals and _jax_owns_sigterm()
         self._earlier: dict[int, Any] = {}
-        uncaught, reason = list(signals), ""
+        reason = ""
         if _jax_owns_sigterm():
-            uncaught = [number for number in signals if number != signal.SIGTERM]
             reason = "with jax.distributed, only SIGTERM is"
         elif jax.process_count() > 1:
-            reason = "JAX's preemption service is switched off (jax_enable_preemption_service=False), so several "
-            reason += "processes cannot agree on a batch"
+            reason = "JAX's preemption service is switched off (jax_enable_preemption_service=False)"
         elif threading.current_thread() is not threading.main_thread():
             reason = "fit runs outside the main thread"
-        else:
-            uncaught = []
-            for number in signals:
-                self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
-                undo.callback(signal.signal, number, self._earlier[number])
-        if uncaught:
-            _warn(f"Not caught: {', '.join(number.name for number in uncaught)}, because {reason}.")
+        for number in signals if not reason else ():
+            self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
+            undo.callback(signal.signal, number, self._earlier[number])
+        caught = {*self._earlier, *([signal.SIGTERM] if self._asks_jax else [])}
+        if uncaught := [number.name for number in signals if number not in caught]:
+            _warn(f"Not caught: {', '.join(uncaught)}, because {reason}.")
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
