@@ -1365,19 +1365,6 @@ def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
 
 
-def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
-    """The shape of a shard, halved until it has at most `_CHUNK_BYTES`. No chunk crosses the edge of a shard."""
-    shard, axis = array.sharding.shard_shape(array.shape), 0
-    chunk = list(shard)
-    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES and axis < len(chunk):
-        is_sharded = shard[axis] < array.shape[axis]
-        if chunk[axis] == 1 or (is_sharded and chunk[axis] % 2):
-            axis += 1
-        else:
-            chunk[axis] = -(-chunk[axis] // 2)
-    return tuple(chunk)
-
-
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     """Writes the arrays of a tree."""
 
@@ -1401,8 +1388,16 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="arrays")]
 
     def _spec(self, array: jax.Array) -> dict[str, Any]:
-        """The TensorStore spec of an array, less its place."""
-        grid = {"name": "regular", "configuration": {"chunk_shape": _chunk_shape(array)}}
+        """The TensorStore spec of an array, less its place. No chunk crosses the edge of a shard."""
+        shard, axis = array.sharding.shard_shape(array.shape), 0
+        chunk = list(shard)
+        while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES and axis < len(chunk):
+            is_sharded = shard[axis] < array.shape[axis]
+            if chunk[axis] == 1 or (is_sharded and chunk[axis] % 2):
+                axis += 1
+            else:
+                chunk[axis] = -(-chunk[axis] // 2)
+        grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
         metadata = {"shape": array.shape, "chunk_grid": grid, "codecs": self._codecs, "attributes": {"save": self.save}}
         spec = {"driver": "zarr3", "dtype": array.dtype.name, "metadata": metadata}
         return spec | {"store_data_equal_to_fill_value": True}  # so that a missing chunk always means damage
@@ -1444,25 +1439,17 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     return handler
 
 
-def _json(path: epath.Path) -> Any:
-    """The contents of a JSON file. The ValueError for a damaged one names it."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{error} in {path.name}") from error
-
-
 def _tree_paths(directory: epath.Path) -> dict[str, str]:
     """The paths of the arrays in an Orbax tree, by their names on disk."""
-    tree = _json(directory / "_METADATA")["tree_metadata"]
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
     leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
-    keys = [[key["key"] for key in leaf["key_metadata"]] for leaf in leaves]
-    return {".".join(each).replace("/", "."): "/".join(each) for each in keys}
+    paths = ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+    return {path.replace("/", "."): path for path in paths}
 
 
 def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
     """Opens arrays written by the save of that id, or, with None, by Orbax. ValueError if one is not as expected."""
-    driver = "zarr3" if save or _json(directory / "_METADATA").get("use_zarr3") else "zarr"
+    driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
     context, spec = ts.Context(_CACHES), {"driver": driver, "fill_missing_data_reads": False}
     specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
     opening = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
@@ -1477,19 +1464,20 @@ def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], sa
     return stores
 
 
-def _read_arrays(
-    directory: epath.Path, expected: Mapping[str, _Spec | None], shardings: Iterable[jax.sharding.Sharding], save: Any
-) -> list[jax.Array]:
-    """Reads arrays straight into their shardings. ValueError if a checksum differs."""
+def _read_arrays(directory: epath.Path, sources: Sequence[_Source], save: str | None) -> list[jax.Array]:
+    """Reads arrays straight into the shardings of the variables. ValueError if a checksum differs."""
 
-    def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+    def read(store: ts.TensorStore, source: _Source) -> jax.Array:
         part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
         return jax.make_array_from_callback(
-            store.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index or ()))
+            store.shape,
+            source.variable.value.sharding,
+            lambda index: part(*((each.start, each.stop) for each in index or ())),
         )
 
+    stores = _open_arrays(directory, {source.name: source.saved for source in sources}, save)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, _open_arrays(directory, expected, save), shardings))
+        return list(pool.map(read, stores, sources))
 
 
 # Large state that belongs to the processes rather than to the model: the item "run" has one row of bytes per process, a
@@ -1664,8 +1652,7 @@ _CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "IN
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error in reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
-    status = re.match("([A-Z_]+): ", str(error))
-    if status and type(error) is ValueError:
+    if type(error) is ValueError and (status := re.match("([A-Z_]+): ", str(error))):
         return status[1] in _CONTENT
     missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError, zipfile.BadZipFile)
     return isinstance(error, (*missing, ValueError, LookupError, TypeError, AttributeError, OverflowError))
@@ -1691,7 +1678,7 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
 def _read_record(step: int, path: epath.Path) -> _Record | None:
     """The record of a step; None if another tool wrote it. CheckpointCorruptError if it is damaged."""
     with _reading(step, path):
-        return _Record.from_metadata(_json(path / _METADATA))
+        return _Record.from_metadata(json.loads((path / _METADATA).read_text()))
 
 
 def _array_folder(path: epath.Path) -> epath.Path:
@@ -1746,17 +1733,6 @@ def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
     return records
 
 
-def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]:
-    """All steps and their folders. Raises if the processes do not see the same steps."""
-    with _agreed():
-        steps = _steps(directory, prefix)
-    seen = _gather(sorted(steps))
-    if any(each != seen[0] for each in seen):
-        what = f"The processes see different steps in {directory}: {'; '.join(map(str, seen))}."
-        raise CheckpointError(f"{what} Nothing was changed. Give a directory that all processes share.")
-    return steps
-
-
 def _no_such_step(step: int | str, directory: epath.Path, steps: Iterable[int]) -> FileNotFoundError:
     return FileNotFoundError(f"There is no checkpoint of step {step!r} in {directory}. Steps there: {sorted(steps)}.")
 
@@ -1787,20 +1763,18 @@ class _Restore:
 
     def run(self, step: int | str | None) -> _Restored | None:
         """Restores `step`, or the newest intact one. Returns None if the directory has no steps."""
-        steps = _steps_together(self.directory, self.prefix)
-        step = self._chosen(step, steps)
         damaged: dict[epath.Path, Exception] = {}
-        for candidate in sorted(steps, reverse=True) if step is None else [step]:
+        for candidate, path in self._candidates(step).items():
             before = self._identity(candidate)
             try:
-                restored = self._one(candidate, steps[candidate])
+                restored = self._one(candidate, path)
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
                 if is_damage and any(_gather(before is None or self._identity(candidate) != before)):
                     return self.run(step)  # a run in progress has deleted or replaced it since it was listed
                 if step is not None or not (is_damage or damaged):
                     raise
-                damaged[steps[candidate]] = error  # also a mismatch, when newer steps are damaged
+                damaged[path] = error  # also a mismatch, when newer steps are damaged
             else:
                 self._report(damaged, candidate)
                 damaged.clear()  # errors refer to this frame: a cycle that would keep the callers' variables alive
@@ -1813,9 +1787,16 @@ class _Restore:
             + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
-    def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
+    def _candidates(self, step: int | str | None) -> dict[int, epath.Path]:
+        """The folder of `step`, or those of all steps, newest first. Raises if the processes see different steps."""
+        with _agreed():
+            steps = _steps(self.directory, self.prefix)
+        seen = _gather(sorted(steps))
+        if any(each != seen[0] for each in seen):
+            what = f"The processes see different steps in {self.directory}: {'; '.join(map(str, seen))}."
+            raise CheckpointError(f"{what} Nothing was changed. Give a directory that all processes share.")
         if step is None:
-            return None
+            return dict(sorted(steps.items(), reverse=True))
         if not steps:
             raise FileNotFoundError(_nothing_in(self.directory))
         if step == "best":
@@ -1827,7 +1808,7 @@ class _Restore:
                 )
         if not isinstance(step, numbers.Integral) or isinstance(step, bool) or step not in steps:
             raise _no_such_step(step, self.directory, steps)
-        return int(step)
+        return {int(step): steps[int(step)]}
 
     def _identity(self, step: int) -> Any:
         """What distinguishes this step from a later one with the same number; None if it is gone."""
@@ -1851,12 +1832,10 @@ class _Restore:
             if problems or (differences and self.strict):
                 self._refuse(step, differences, problems)
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
-        expected = {source.name: source.saved for source in sources}
-        shardings = [source.variable.value.sharding for source in sources]
         for source in sources if self.donate else ():
             source.variable.value.delete()
         with _agreed(), _reading(step, path):
-            arrays = _read_arrays(_array_folder(path), expected, shardings, record and record.save)
+            arrays = _read_arrays(_array_folder(path), sources, record.save if record else None)
             own = _read_own(path, record) if self.own and record else None
         if differences:
             _warn(f"Step {step} was restored partially. Skipped:\n{_listing(differences)}")
@@ -2385,7 +2364,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _known_step(self, step: int, path: epath.Path) -> tuple[int, datetime.datetime, dict[str, float] | None]:
         nanoseconds, metrics = 0, {}
         with contextlib.suppress(Exception):  # from any damage, which is reported on restore
-            metadata = _json(path / _METADATA)
+            metadata = json.loads((path / _METADATA).read_text())
             nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
             if record := _Record.from_metadata(metadata):
                 metrics = record.metrics
@@ -3467,7 +3446,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
     """The table columns of a step. Variables and parameters are counted as in Keras's summary."""
     at = record and record.position
     place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
-    nanoseconds = _json(path / _METADATA).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
+    nanoseconds = json.loads((path / _METADATA).read_text()).get("commit_timestamp_nsecs")  # not from old Orbax
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
     specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
