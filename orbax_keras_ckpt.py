@@ -1862,15 +1862,12 @@ class _Restore:
         """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
         if not damaged:
             return
-        names, aside = [], ""
+        names = []
         with _agreed():
             for path in damaged if self.sets_aside and jax.process_index() == 0 else ():
-                try:
-                    if path.exists():  # another run's retention may have deleted it in the meantime
-                        names.append(_set_aside(path, ".damaged"))
-                except OSError as error:
-                    aside += f" {path.name} cannot be renamed: {error.strerror}."
-        aside += f" They are set aside as {', '.join(names)}." if names else ""
+                if path.exists():  # another run's retention may have deleted it in the meantime
+                    names.append(_set_aside(path, ".damaged"))
+        aside = f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in damaged.values()])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
 
@@ -1979,24 +1976,24 @@ def _last_name(path: str) -> str:
 
 def _loadable(step: int, record: _Record | None, path: epath.Path, compile: bool, **scope: Any) -> _Target:
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
-    problem = "another tool wrote it" if record is None else record.model.get("error")
-    if record is not None and problem is None:
-        with _reading(step, path):
-            archive = _read_archive(path, record) if record.run else None
-        try:
-            model = _rebuilt(record, archive, compile, **scope)
-            return model, _variables(model, compile and getattr(model, "optimizer", None) is not None), []
-        except Exception as error:
-            error.add_note(
-                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
-                "metrics are custom; or build the model as its script does, and restore it by "
-                "KerasOrbaxCheckpointManager.restore_state()."
-            )
-            raise
-    raise CheckpointError(
-        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
-        "does, then call KerasOrbaxCheckpointManager.restore_state()."
-    )
+    if record is None or "error" in record.model:
+        problem = record.model["error"] if record else "another tool wrote it"
+        raise CheckpointError(
+            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+            "does, then call KerasOrbaxCheckpointManager.restore_state()."
+        )
+    with _reading(step, path):
+        archive = _read_archive(path, record) if record.run else None
+    try:
+        model = _rebuilt(record, archive, compile, **scope)
+        return model, _variables(model, compile and getattr(model, "optimizer", None) is not None), []
+    except Exception as error:
+        error.add_note(
+            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
+            "are custom; or build the model as its script does, and restore it by "
+            "KerasOrbaxCheckpointManager.restore_state()."
+        )
+        raise
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
