@@ -1457,8 +1457,8 @@ def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], sa
     if not _tree_paths(directory).keys() >= expected.keys():
         raise ValueError("_METADATA does not list the arrays that were saved")
     for store, (name, known) in zip(stores, expected.items()):
-        if save and store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
-            raise ValueError(f"{name!r} was written by another save than the record: files of two saves are mixed")
+        if store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
+            raise ValueError(f"files of two saves are mixed, or the record is lost: {name!r} is of another save")
         if known is not None and (store.shape, store.dtype.name) != known[1:]:
             raise ValueError(f"{name!r} is {store.dtype.name}{store.shape}, which is not what was saved")
     return stores
@@ -1687,15 +1687,12 @@ def _array_folder(path: epath.Path) -> epath.Path:
 
 
 def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
-    """The variables in a step, if another tool wrote it, by what is there."""
+    """The variables in a step; if another tool wrote it, those that its arrays are named after."""
     if record:
         return record.variables
-    folder = _array_folder(path)
-    paths = _tree_paths(folder)
+    paths = _tree_paths(folder := _array_folder(path))
     variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
     for each, store in zip(paths.values(), _open_arrays(folder, dict.fromkeys(paths), None)):
-        if store.codec and {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
-            raise ValueError("_CHECKPOINT_METADATA has lost its record")
         group, _, rest = each.partition("/")
         if group in variables:
             variables[group].append(_Spec(rest, store.shape, store.dtype.name))
