@@ -1582,12 +1582,13 @@ def _folders(directory: epath.Path, prefix: Any) -> tuple[dict, dict, dict, list
         prefix = None if None in prefixes else min(prefixes, default=None)
     folders: tuple[dict, dict, dict, list] = {}, {}, {}, []
     steps, bare, replaced, temporary = folders
-    for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
+    for path, match in found:
         step, is_committed = int(match["step"]), path in committed
-        # In a bucket, Orbax does not rename on commit, but adds a file at the end.
-        if match["temporary"] or (_is_bucket(path) and not is_committed and _is_step(path)):
-            temporary.append((step, path))
-        elif is_committed or _is_step(path):
+        if match["prefix"] != prefix or not (match["temporary"] or is_committed or _is_step(path)):
+            continue
+        if match["temporary"] or (_is_bucket(path) and not is_committed):
+            temporary.append((step, path))  # in a bucket, Orbax does not rename on commit, but adds a file at the end
+        else:
             kind = replaced if match["replaced"] else steps if is_committed else bare
             kind[step] = path
     return folders
@@ -2598,9 +2599,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """
         self._model.jax_state_sync()  # within fit, by another callback
         variables = _variables(self._model, optimizer=not weights_only)
-        found = self._restore(
-            step, lambda *_: (self._model, variables, []), strict=strict, donate=donate, own=False
-        )
+        found = self._restore(step, lambda *_: (self._model, variables, []), strict=strict, donate=donate, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
             return None
