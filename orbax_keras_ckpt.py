@@ -1332,13 +1332,13 @@ class _Dataset(_Stateful):
 # Sizes tuned on two cores. Chunks are read in parallel, files are written in parallel.
 _CHUNK_BYTES = 8 * 2**20
 _FILE_BYTES = 32 * 2**20
-_WRITING_BYTES = 16 * _FILE_BYTES  # handed to TensorStore and not yet on disk
 _READERS = 4  # arrays at a time
 _WRITING = {
     "target_data_file_size": _FILE_BYTES,
     "assume_config": True,
     "config": {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 10**8, "manifest_kind": "single"},
 }
+_CACHES = {"cache_pool#ocdbt": {"total_bytes_limit": 10**8}}
 
 
 def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
@@ -1347,23 +1347,6 @@ def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     if _is_bucket(directory):  # as a URL it would be unquoted
         base = dict(zip(("driver", "bucket", "path"), ("gcs", *base["path"].removeprefix("gs://").split("/", 1))))
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
-
-
-def _context() -> ts.Context:
-    return ts.Context({"cache_pool#ocdbt": {"total_bytes_limit": 10**8}})
-
-
-def _chunk_shape(array: jax.Array) -> tuple[int, ...]:
-    """The shape of a shard, halved until it has at most `_CHUNK_BYTES`. No chunk crosses the edge of a shard."""
-    chunk = list(array.sharding.shard_shape(array.shape))
-    is_sharded = [size < whole for size, whole in zip(chunk, array.shape)]
-
-    def axes() -> Iterator[int]:  # that can be halved
-        return (axis for axis, size in enumerate(chunk) if size > 1 and not (is_sharded[axis] and size % 2))
-
-    while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES and (axis := next(axes(), None)) is not None:
-        chunk[axis] = -(-chunk[axis] // 2)
-    return tuple(chunk)
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
@@ -1378,60 +1361,57 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
 
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
         """Copies the values to the host; they are written in the background."""
-        parts = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in values]
-        for shard in itertools.chain.from_iterable(parts):
+        shards = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in values]
+        for shard in itertools.chain(*shards):
             shard.data.copy_to_host_async()
         # On the CPU these are views. JAX does not reuse memory that numpy refers to, even if the array is donated.
-        parts = [[(shard.index, np.asarray(shard.data)) for shard in shards] for shards in parts]
-        arrays = {
-            info.name: self._array(array.dtype.name, array.shape, _chunk_shape(array))
-            for info, array in zip(infos, values)
-        }
+        parts = [[(shard.index, np.asarray(shard.data)) for shard in own] for own in shards]
+        specs = {info.name: self._spec(array) for info, array in zip(infos, values)}
         shardings = {info.name: array.sharding for info, array in zip(infos, values)}
-        writing = self._write(infos[0], arrays, shardings, parts)
+        writing = self._write(infos[0], specs, shardings, parts)
         return [ocp.future.CommitFutureAwaitingContractedSignals(writing, name="arrays")]
 
-    def _array(self, dtype: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> dict[str, Any]:
+    def _spec(self, array: jax.Array) -> dict[str, Any]:
+        """The TensorStore spec of an array, less its place. No chunk crosses the edge of a shard."""
+        shard, axis = array.sharding.shard_shape(array.shape), 0
+        chunk = list(shard)
+        while math.prod(chunk) * array.dtype.itemsize > _CHUNK_BYTES and axis < len(chunk):
+            is_sharded = shard[axis] < array.shape[axis]
+            if chunk[axis] == 1 or (is_sharded and chunk[axis] % 2):
+                axis += 1
+            else:
+                chunk[axis] = -(-chunk[axis] // 2)
         grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-        metadata = {"shape": shape, "chunk_grid": grid, "codecs": self._codecs, "attributes": {"save": self.save}}
-        # Chunks equal to the fill value are stored too, so that a missing chunk always means damage.
-        return {"driver": "zarr3", "dtype": dtype, "metadata": metadata, "store_data_equal_to_fill_value": True}
+        metadata = {"shape": array.shape, "chunk_grid": grid, "codecs": self._codecs, "attributes": {"save": self.save}}
+        spec = {"driver": "zarr3", "dtype": array.dtype.name, "metadata": metadata}
+        return spec | {"store_data_equal_to_fill_value": True}  # so that a missing chunk always means damage
 
-    async def _write(self, info: Any, arrays: dict, shardings: dict, parts: list) -> None:
+    async def _write(self, info: Any, specs: dict, shardings: dict, parts: list) -> None:
         directory, process = await _created(info), jax.process_index()
         # Each of several processes writes its own database, and finalize() merges them. A single one writes in place.
         base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
-        specs = [array | {"kvstore": _kvstore(base, name) | _WRITING} for name, array in arrays.items()]
-        stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in specs]
-        writing: collections.deque[tuple[int, Any]] = collections.deque()
-        free = _WRITING_BYTES
+        places = [spec | {"kvstore": _kvstore(base, name) | _WRITING} for name, spec in specs.items()]
+        stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in places]
+        writing = []
         for store, shards in zip(stores, parts):
-            for index, values in shards:
-                while writing and free < values.nbytes:
-                    size, write = writing.popleft()
-                    write.result()
-                    free += size
-                write = store.result()[index].write(values, can_reference_source_data_indefinitely=True)
-                writing.append((values.nbytes, write))
-                free -= values.nbytes
-        for _, write in writing:
+            array = store.result()
+            writing += [array[i].write(part, can_reference_source_data_indefinitely=True) for i, part in shards]
+        for write in writing:
             write.result()
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
 
     def finalize(self, directory: epath.Path) -> None:
         """Before the commit: merges what several processes have written, and checks the first save of a run."""
-        parts = sorted(path.name for path in _entries(directory) if path.name.startswith("ocdbt.process_"))
-        if parts:
-            places, transaction = [directory, *(directory / part for part in parts)], ts.Transaction(atomic=True)
-            context = _context()  # TensorStore copies only between stores of one context
-            opening = [ts.KvStore.open(_kvstore(place, "") | _WRITING, context=context) for place in places]
-            target, *sources = [store.result() for store in opening]
+        if parts := [path for path in _entries(directory) if path.name.startswith("ocdbt.process_")]:
+            context = ts.Context(_CACHES)  # TensorStore copies only between stores of one context
+            specs = [_kvstore(place, "") | _WRITING for place in (directory, *parts)]
+            target, *sources = [ts.KvStore.open(spec, context=context).result() for spec in specs]
+            transaction = ts.Transaction(atomic=True)
             for source in sources:
                 source.experimental_copy_range_to(target.with_transaction(transaction)).result()
             transaction.commit_sync()
         if self.expected is not None and directory.name.startswith("default"):
-            _check_tree(directory, self.expected)
             _open_arrays(directory, self.expected, self.save)
 
 
@@ -1443,47 +1423,45 @@ def _tree_handler(arrays: _ArrayHandler) -> ocp.PyTreeCheckpointHandler:
     return handler
 
 
-def _json(path: epath.Path) -> Any:
-    """The contents of a JSON file. The ValueError for a damaged one names it."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{error} in {path.name}") from error
+def _tree_paths(directory: epath.Path) -> dict[str, str]:
+    """The paths of the arrays in an Orbax tree, by their names on disk."""
+    tree = json.loads((directory / "_METADATA").read_text())["tree_metadata"]
+    leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
+    paths = ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+    return {path.replace("/", "."): path for path in paths}
 
 
 def _open_arrays(directory: epath.Path, expected: Mapping[str, _Spec | None], save: str | None) -> list[ts.TensorStore]:
     """Opens arrays written by the save of that id, or, with None, by Orbax. ValueError if one is not as expected."""
-    driver = "zarr3" if save or _json(directory / "_METADATA").get("use_zarr3") else "zarr"
-    context, spec = _context(), {"driver": driver, "fill_missing_data_reads": False}
+    driver = "zarr3" if save or json.loads((directory / "_METADATA").read_text()).get("use_zarr3") else "zarr"
+    context, spec = ts.Context(_CACHES), {"driver": driver, "fill_missing_data_reads": False}
     specs = [spec | {"kvstore": _kvstore(directory, name)} for name in expected]
     opening = [ts.open(spec, open=True, read=True, context=context) for spec in specs]
     stores = [store.result() for store in opening]
+    if not _tree_paths(directory).keys() >= expected.keys():
+        raise ValueError("_METADATA does not list the arrays that were saved")
     for store, (name, known) in zip(stores, expected.items()):
-        if save and store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
-            raise ValueError(f"{name!r} was written by another save than the record: files of two saves are mixed")
+        if store.spec().to_json()["metadata"].get("attributes", {}).get("save") != save:
+            raise ValueError(f"files of two saves are mixed, or the record is lost: {name!r} is of another save")
         if known is not None and (store.shape, store.dtype.name) != known[1:]:
             raise ValueError(f"{name!r} is {store.dtype.name}{store.shape}, which is not what was saved")
     return stores
 
 
-def _check_tree(directory: epath.Path, expected: Iterable[str]) -> None:
-    if sorted(path.replace("/", ".") for path in _tree_paths(directory)) != sorted(expected):
-        raise ValueError("_METADATA does not list the arrays that were saved")
+def _read_arrays(directory: epath.Path, sources: Sequence[_Source], save: str | None) -> list[jax.Array]:
+    """Reads arrays straight into the shardings of the variables. ValueError if a checksum differs."""
 
-
-def _read_arrays(
-    directory: epath.Path, expected: Mapping[str, _Spec | None], shardings: Iterable[jax.sharding.Sharding], save: Any
-) -> list[jax.Array]:
-    """Reads arrays straight into their shardings. ValueError if a checksum differs."""
-
-    def read(store: ts.TensorStore, sharding: jax.sharding.Sharding) -> jax.Array:
+    def read(store: ts.TensorStore, source: _Source) -> jax.Array:
         part = functools.cache(lambda *bounds: store[tuple(slice(*each) for each in bounds)].read().result())
         return jax.make_array_from_callback(
-            store.shape, sharding, lambda index: part(*((each.start, each.stop) for each in index or ()))
+            store.shape,
+            source.variable.value.sharding,
+            lambda index: part(*((each.start, each.stop) for each in index or ())),
         )
 
+    stores = _open_arrays(directory, {source.name: source.saved for source in sources}, save)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(read, _open_arrays(directory, expected, save), shardings))
+        return list(pool.map(read, stores, sources))
 
 
 # Large state that belongs to the processes rather than to the model: the item "run" has one row of bytes per process, a
@@ -1507,13 +1485,11 @@ def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, byt
 def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
     """The rows of all processes as one array, and their lengths without padding."""
     lengths = _gather(len(row))
-    row = np.pad(row, (0, max(lengths) - len(row)))[None] if len(row) < max(lengths) else row[None]
+    row, devices = np.pad(row, (0, max(lengths) - len(row)))[None], jax.devices()
     if jax.process_count() == 1:
-        device = jax.local_devices()[0]
         with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave out the CPU
-            device = jax.local_devices(backend="cpu")[0]
-        return jax.device_put(row, device), lengths
-    first = {device.process_index: device for device in reversed(jax.devices())}
+            devices = jax.devices("cpu")
+    first = {device.process_index: device for device in reversed(devices)}
     mesh = jax.sharding.Mesh([first[process] for process in sorted(first)], "process")
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
     return jax.make_array_from_process_local_data(by_row, row), lengths
@@ -1532,8 +1508,8 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
     if record.run is None:
         return _unpack(record.own)
     archive = _read_archive(path, record, jax.process_index() if jax.process_count() == record.processes else 0)
-    count = sum(name.startswith("arrays/") for name in archive.namelist())
-    arrays = [np.frombuffer(archive.read(f"arrays/{number}"), np.uint8) for number in range(count)]
+    names = [name for name in archive.namelist() if name.startswith("arrays/")]  # in their order
+    arrays = [np.frombuffer(archive.read(name), np.uint8) for name in names]
     return _unpack(json.loads(archive.read("value.json")), arrays)
 
 
@@ -1543,22 +1519,18 @@ def _read_own(path: epath.Path, record: _Record) -> Any:
 
 _METADATA = "_CHECKPOINT_METADATA"
 _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
-_REPLACED, _DAMAGED = ".replaced", ".damaged"
-_MARKERS = {_METADATA, _COMMITTED}
-_ITEMS = {"default", "run", "metrics", "pytree", "model_config"}  # the last two are Keras's
-_PARTS = {"_METADATA", "_sharding", "manifest.ocdbt", "d", "array_metadatas", "_strings.json", "metrics", _COMMITTED}
-_STEP = re.compile(rf"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?P<aside>{re.escape(_REPLACED)})?")
-_TEMPORARY = re.compile(r"(?:(?P<prefix>.+)_)?(?P<step>\d+)\.orbax-checkpoint-tmp.*")
+_STEP = re.compile(
+    r"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?:(?P<replaced>\.replaced)|(?P<temporary>\.orbax-checkpoint-tmp.*))?"
+)
+_PART = re.compile(  # the files in a step; pytree and model_config are Keras's
+    rf"{_METADATA}|{_COMMITTED}|(default|run|metrics|pytree|model_config)/({_COMMITTED}|_METADATA|_sharding|"
+    r"manifest\.ocdbt|_strings\.json|metrics|(d|array_metadatas|ocdbt\.process_\d+)/.*)"
+)
 
 
 def _entries(directory: epath.Path) -> list[epath.Path]:
     """What is in a directory. In a bucket, empty directories do not exist."""
-    try:
-        return list(directory.iterdir())
-    except FileNotFoundError:
-        if not _is_bucket(directory):
-            raise
-        return []
+    return [] if _is_bucket(directory) and not directory.exists() else list(directory.iterdir())
 
 
 def _files(directory: epath.Path) -> Iterator[epath.Path]:
@@ -1577,35 +1549,33 @@ def _unmark(path: epath.Path) -> None:
         (path / name).unlink(missing_ok=True)
 
 
-def _may_be_step(path: epath.Path) -> bool:
-    """Whether an uncommitted folder holds nothing but parts of a step; any other is the user's own."""
+def _is_step(path: epath.Path) -> bool:
+    """Whether a folder is a step, or holds nothing but parts of one; any other is the user's own."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
-        folders = {item: item.is_dir() for item in _entries(path)}
-        parts = [part.name for item, is_folder in folders.items() if is_folder for part in _entries(item)]
-        own = [name for name in parts if name not in _PARTS and not name.startswith("ocdbt.process_")]
-        return not own and all(item.name in (_ITEMS if is_folder else _MARKERS) for item, is_folder in folders.items())
+        files = () if _is_committed(path) else _files(path)
+        return all(_PART.fullmatch(file.relative_to(path).as_posix()) for file in files)
     return False
 
 
-def _is_step(path: epath.Path) -> bool:
-    return _is_committed(path) or _may_be_step(path)
-
-
-def _folders(directory: epath.Path, prefix: Any) -> tuple[dict[int, epath.Path], ...]:
-    """Folders by step: committed ones, uncommitted ones, and ones that are being replaced."""
+def _folders(directory: epath.Path, prefix: Any) -> tuple[dict, dict, dict, list]:
+    """Folders by step: committed, without metadata, being replaced; and those of saves in progress, or killed."""
     found = [(path, match) for path in _entries(directory) if (match := _STEP.fullmatch(path.name))]
-    committed = {path for path, _ in found if _is_committed(path)}
+    committed = {path for path, match in found if not match["temporary"] and _is_committed(path)}
     if prefix is ...:  # any prefix: plain numbers first
         prefixes = {match["prefix"] for path, match in found if path in committed}
         prefix = None if None in prefixes else min(prefixes, default=None)
-    steps: dict[int, epath.Path] = {}
-    bare: dict[int, epath.Path] = {}
-    replaced: dict[int, epath.Path] = {}
-    for path, match in ((path, match) for path, match in found if match["prefix"] == prefix):
-        kind = replaced if match["aside"] else steps if path in committed else bare
-        if path in committed or _may_be_step(path):
-            kind[int(match["step"])] = path
-    return steps, bare, replaced
+    folders: tuple[dict, dict, dict, list] = {}, {}, {}, []
+    steps, bare, replaced, temporary = folders
+    for path, match in found:
+        step, is_committed = int(match["step"]), path in committed
+        if match["prefix"] != prefix or not (match["temporary"] or is_committed or _is_step(path)):
+            continue
+        if match["temporary"] or (_is_bucket(path) and not is_committed):
+            temporary.append((step, path))  # in a bucket, Orbax does not rename on commit, but adds a file at the end
+        else:
+            kind = replaced if match["replaced"] else steps if is_committed else bare
+            kind[step] = path
+    return folders
 
 
 def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
@@ -1614,9 +1584,8 @@ def _steps(directory: epath.Path, prefix: Any = ...) -> dict[int, epath.Path]:
     A snapshot that is being replaced counts until its successor is committed. A folder without metadata is a damaged
     step if it is above all committed ones, or else what a deletion left behind.
     """
-    steps, bare, replaced = _folders(directory, prefix)
-    newest = max(steps, default=-1)
-    damaged = {} if _is_bucket(directory) else {step: path for step, path in bare.items() if step > newest}
+    steps, bare, replaced, _ = _folders(directory, prefix)
+    damaged = {step: path for step, path in bare.items() if step > max(steps, default=-1)}
     return damaged | replaced | steps
 
 
@@ -1633,17 +1602,10 @@ def _nothing_in(directory: epath.Path) -> str:
     return text + (f" There are some in: {', '.join(near[:5])}." if near else "")
 
 
-def _temporary(directory: epath.Path, prefix: Any = None) -> list[tuple[int, epath.Path]]:
-    """Folders of uncommitted steps. In a bucket, Orbax does not rename on commit, but adds a file at the end."""
-    found = [(path, match) for path in _entries(directory) if (match := _TEMPORARY.fullmatch(path.name))]
-    temporary = [(int(match["step"]), path) for path, match in found if match["prefix"] == prefix]
-    return temporary + (list(_folders(directory, prefix)[1].items()) if _is_bucket(directory) else [])
-
-
 def _remove_leftovers(directory: epath.Path, prefix: Any) -> None:
     """Removes what killed saves and deletions left at or below the newest step, and replaced snapshots."""
-    steps, bare, replaced = _folders(directory, prefix)
-    for step, path in [*_temporary(directory, prefix), *bare.items(), *replaced.items()]:
+    steps, bare, replaced, temporary = _folders(directory, prefix)
+    for step, path in [*temporary, *bare.items(), *replaced.items()]:
         if step <= max(steps, default=-1):
             path.rmtree(missing_ok=True)
 
@@ -1675,8 +1637,7 @@ _CONTENT = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION", "IN
 
 def _is_damage(error: Exception) -> bool:
     """Whether an error in reading a step is about its content: a checksum, a parse error, a missing file, a shape."""
-    status = re.match("([A-Z_]+): ", str(error))
-    if status and type(error) is ValueError:
+    if type(error) is ValueError and (status := re.match("([A-Z_]+): ", str(error))):
         return status[1] in _CONTENT
     missing = (FileNotFoundError, NotADirectoryError, IsADirectoryError, EOFError, zipfile.BadZipFile)
     return isinstance(error, (*missing, ValueError, LookupError, TypeError, AttributeError, OverflowError))
@@ -1692,8 +1653,8 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
     except Exception as error:
         text = str(error).split(" [tensorstore_spec")[0].strip()[:500]
         if _is_damage(error) and (_is_bucket(path) or path.parent.exists()):
-            text = f"{type(error).__name__}: {text}"
-            raise CheckpointCorruptError(f"Step {step} in {path.parent} is damaged: {text}") from error
+            what = f"is damaged: {type(error).__name__}: {text}"
+            raise CheckpointCorruptError(f"Step {step} in {path.parent} {what}") from error
         if type(error) is ValueError:  # of TensorStore
             raise OSError(errno.EIO, f"Step {step} in {path.parent} cannot be read: {text}") from error
         raise
@@ -1702,7 +1663,7 @@ def _reading(step: int, path: epath.Path) -> Iterator[None]:
 def _read_record(step: int, path: epath.Path) -> _Record | None:
     """The record of a step; None if another tool wrote it. CheckpointCorruptError if it is damaged."""
     with _reading(step, path):
-        return _Record.from_metadata(_json(path / _METADATA))
+        return _Record.from_metadata(json.loads((path / _METADATA).read_text()))
 
 
 def _array_folder(path: epath.Path) -> epath.Path:
@@ -1710,28 +1671,17 @@ def _array_folder(path: epath.Path) -> epath.Path:
     return path / ("pytree" if (path / "pytree").exists() else "default")
 
 
-def _tree_paths(directory: epath.Path) -> list[str]:
-    """The paths of the arrays in an Orbax tree."""
-    tree = _json(directory / "_METADATA")["tree_metadata"]
-    leaves = [leaf for leaf in tree.values() if not leaf["value_metadata"].get("skip_deserialize")]
-    return ["/".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
-
-
-def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
-    """The variables in a checkpoint of another tool: the guide's version, or Keras's callback."""
-    paths = {path.replace("/", "."): path for path in _tree_paths(directory)}
+def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
+    """The variables in a step; if another tool wrote it, those that its arrays are named after."""
+    if record:
+        return record.variables
+    paths = _tree_paths(folder := _array_folder(path))
     variables: dict[str, list[_Spec]] = {group: [] for group in _GROUPS[:3]}
-    for name, store in zip(paths, _open_arrays(directory, dict.fromkeys(paths), None)):
-        if store.codec and {"name": "crc32c"} in store.codec.to_json().get("codecs", []):
-            raise ValueError("_CHECKPOINT_METADATA has lost its record")
-        group, _, rest = paths[name].partition("/")
+    for each, store in zip(paths.values(), _open_arrays(folder, dict.fromkeys(paths), None)):
+        group, _, rest = each.partition("/")
         if group in variables:
             variables[group].append(_Spec(rest, store.shape, store.dtype.name))
     return variables
-
-
-def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
-    return record.variables if record else _foreign_variables(_array_folder(path))
 
 
 def _rated(metrics: Mapping[str, float], name: Any) -> float:
@@ -1760,21 +1710,9 @@ def _records(steps: Mapping[int, epath.Path]) -> dict[int, _Record]:
     records = {}
     for step, path in steps.items():
         with contextlib.suppress(CheckpointError):
-            records[step] = _read_record(step, path)
-    return {step: record for step, record in records.items() if record is not None}
-
-
-def _steps_together(directory: epath.Path, prefix: Any) -> dict[int, epath.Path]:
-    """All steps and their folders. Raises if the processes do not see the same steps."""
-    with _agreed():
-        steps = _steps(directory, prefix)
-    seen = _gather(sorted(steps))
-    if any(each != seen[0] for each in seen):
-        raise CheckpointError(
-            f"The processes see different steps in {directory}: {'; '.join(map(str, seen))}. Nothing was "
-            "changed. Give a directory that all processes share."
-        )
-    return steps
+            if (record := _read_record(step, path)) is not None:
+                records[step] = record
+    return records
 
 
 def _no_such_step(step: int | str, directory: epath.Path, steps: Iterable[int]) -> FileNotFoundError:
@@ -1785,23 +1723,20 @@ class _Restored(NamedTuple):
     step: int | None
     record: _Record | None  # None if another tool wrote the checkpoint
     own: Any  # the state that this process saved
+    model: Any = None
 
 
-_VariablesFor = Callable[[int, _Record | None, epath.Path], tuple[_Variables, list[str]]]
+# What a step is restored into, and reasons to refuse it other than the variables.
+_Target = tuple[keras.Model, _Variables, list[str]]
 
 
 @dataclasses.dataclass
 class _Restore:
-    """A restore from a directory: which steps, into which variables, and how.
-
-    `variables_for(step, record, folder)` returns the variables to restore into, and other reasons to refuse the step;
-    its errors propagate. With `sets_aside`, damaged steps are renamed.
-    """
+    """A restore from a directory: which steps, into what, and how. With `sets_aside`, damaged steps are renamed."""
 
     directory: epath.Path
     prefix: Any
-    model_of: Callable[[], keras.Model]
-    variables_for: _VariablesFor
+    target_of: Callable[[int, _Record | None, epath.Path], _Target]  # of a step; its errors propagate
     strict: bool = True
     donate: bool = False
     own: bool = True
@@ -1810,22 +1745,20 @@ class _Restore:
 
     def run(self, step: int | str | None) -> _Restored | None:
         """Restores `step`, or the newest intact one. Returns None if the directory has no steps."""
-        steps = _steps_together(self.directory, self.prefix)
-        step = self._chosen(step, steps)
-        damaged: dict[int, Exception] = {}
-        for candidate in sorted(steps, reverse=True) if step is None else [step]:
+        damaged: dict[epath.Path, Exception] = {}
+        for candidate, path in self._candidates(step).items():
             before = self._identity(candidate)
             try:
-                restored = self._one(candidate, steps[candidate])
+                restored = self._one(candidate, path)
             except (CheckpointCorruptError, CheckpointMismatchError) as error:
                 is_damage = isinstance(error, CheckpointCorruptError)
                 if is_damage and any(_gather(before is None or self._identity(candidate) != before)):
                     return self.run(step)  # a run in progress has deleted or replaced it since it was listed
                 if step is not None or not (is_damage or damaged):
                     raise
-                damaged[candidate] = error  # also a mismatch, when newer steps are damaged
+                damaged[path] = error  # also a mismatch, when newer steps are damaged
             else:
-                self._report([steps[each] for each in damaged], damaged.values(), candidate)
+                self._report(damaged, candidate)
                 damaged.clear()  # errors refer to this frame: a cycle that would keep the callers' variables alive
                 return restored
         if not damaged:
@@ -1836,8 +1769,17 @@ class _Restore:
             + f":\n{_listing([str(error).replace('Nothing was changed. ', '') for error in damaged.values()])}"
         ) from next(iter(damaged.values()))
 
-    def _chosen(self, step: int | str | None, steps: Mapping[int, epath.Path]) -> int | None:
-        if step is not None and not steps:
+    def _candidates(self, step: int | str | None) -> dict[int, epath.Path]:
+        """The folder of `step`, or those of all steps, newest first. Raises if the processes see different steps."""
+        with _agreed():
+            steps = _steps(self.directory, self.prefix)
+        seen = _gather(sorted(steps))
+        if any(each != seen[0] for each in seen):
+            what = f"The processes see different steps in {self.directory}: {'; '.join(map(str, seen))}."
+            raise CheckpointError(f"{what} Nothing was changed. Give a directory that all processes share.")
+        if step is None:
+            return dict(sorted(steps.items(), reverse=True))
+        if not steps:
             raise FileNotFoundError(_nothing_in(self.directory))
         if step == "best":
             step = _gather(self.best_step() if self.best_step else _best(_records(steps)))[0]
@@ -1846,18 +1788,17 @@ class _Restore:
                     f"No checkpoint in {self.directory} is known as the best: there is none, or the monitored metric "
                     "is missing or NaN, or monitor=... was not given. Give the number of a step."
                 )
-        if step is not None and (not isinstance(step, numbers.Integral) or isinstance(step, bool) or step not in steps):
+        if not isinstance(step, numbers.Integral) or isinstance(step, bool) or step not in steps:
             raise _no_such_step(step, self.directory, steps)
-        return None if step is None else int(step)
+        return {int(step): steps[int(step)]}
 
     def _identity(self, step: int) -> Any:
-        """What distinguishes this step from a later one with the same number."""
-        if (path := _steps(self.directory, self.prefix).get(step)) is None:
-            return None
+        """What distinguishes this step from a later one with the same number; None if it is gone."""
+        path = _steps(self.directory, self.prefix).get(step)
         try:
-            return path.name, (path / _METADATA).read_bytes().hex()
+            return path and (path.name, (path / _METADATA).read_bytes())
         except OSError as error:
-            return path.name, error.errno
+            return error.errno
 
     def _one(self, step: int, path: epath.Path) -> _Restored:
         """Checks, reads, verifies and assigns a step. CheckpointCorruptError if it is damaged."""
@@ -1865,81 +1806,65 @@ class _Restore:
             record = _read_record(step, path)
             with _reading(step, path):
                 saved = _saved_variables(path, record)
-                if record:
-                    _check_tree(path / "default", _arrays_of(saved))
-            variables, problems = self.variables_for(step, record, path)
-            automatic = _automatic_names(self.model_of())
-            sources, differences = _compare(variables, saved, self.strict, automatic, record is not None)
+            model, variables, problems = self.target_of(step, record, path)
+            automatic, is_ordered = _automatic_names(model), record is not None
+            sources, differences = _compare(variables, saved, self.strict, automatic, is_ordered)
             with _reading(step, path):
-                differences += _other_assets(self.model_of(), path, record)
+                differences += _other_assets(model, path, record)
             if problems or (differences and self.strict):
                 self._refuse(step, differences, problems)
         sources = [source for source in sources if source.variable.value.size]  # Orbax has no empty arrays
-        expected = {source.name: source.saved for source in sources}
-        shardings = [source.variable.value.sharding for source in sources]
         for source in sources if self.donate else ():
             source.variable.value.delete()
         with _agreed(), _reading(step, path):
-            arrays = _read_arrays(_array_folder(path), expected, shardings, record and record.save)
+            arrays = _read_arrays(_array_folder(path), sources, record.save if record else None)
             own = _read_own(path, record) if self.own and record else None
         if differences:
             _warn(f"Step {step} was restored partially. Skipped:\n{_listing(differences)}")
         for source, array in zip(sources, arrays):
             source.variable.assign(array)
-        _derive(_layers(self.model_of()))
-        return _Restored(step, record, own)
+        _derive(_layers(model))
+        return _Restored(step, record, own, model)
 
     def _refuse(self, step: int, differences: list[str], problems: list[str]) -> None:
         """Raises for a checkpoint that differs from the model or from the run."""
-        what, way = "does not match the model", "Build the model as it was saved, or use another directory"
-        of = "of KerasOrbaxCheckpointManager.restore_state"
-        hint = f"The argument strict=False {of} restores what matches."
+        of, way = "of KerasOrbaxCheckpointManager.restore_state", "Build the model as it was saved"
+        what, hint = "does not match the model", f"The argument strict=False {of} restores what matches."
         if not differences:
-            what, hint = "cannot be continued", ""
-            way = "Use the same data and settings as before, or another directory"
+            what, way, hint = "cannot be continued", "Use the same data and settings as before", ""
         elif all(line.startswith(_GROUPS[2]) for line in differences):
-            what = "has the model's weights, but other optimizer variables"
-            way = "Compile and freeze as when saved, or use another directory"
+            what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as when saved"
             hint = f"The argument weights_only=True {of}, or compile=False of load_model, restores the weights alone."
         raise CheckpointMismatchError(
             f"Step {step} in {self.directory} {what}:\n{_listing(problems + differences)}\n"
-            f"Nothing was changed. {way}. {hint}".rstrip()
+            f"Nothing was changed. {way}, or use another directory. {hint}".rstrip()
         )
 
-    def _report(self, paths: Sequence[epath.Path], errors: Iterable[Exception], intact: int) -> None:
+    def _report(self, damaged: Mapping[epath.Path, Exception], intact: int) -> None:
         """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
-        if not paths:
+        if not damaged:
             return
-        names, aside = [], ""
+        names = []
         with _agreed():
-            for path in paths if self.sets_aside and jax.process_index() == 0 else ():
-                try:
-                    if path.exists():  # another run's retention may have deleted it in the meantime
-                        names.append(_set_aside(path, _DAMAGED))
-                except OSError as error:
-                    aside += f" {path.name} cannot be renamed: {error.strerror}."
-        aside += f" They are set aside as {', '.join(names)}." if names else ""
-        reasons = _listing([str(error) for error in errors])
+            for path in damaged if self.sets_aside and jax.process_index() == 0 else ():
+                if path.exists():  # another run's retention may have deleted it in the meantime
+                    names.append(_set_aside(path, ".damaged"))
+        aside = f" They are set aside as {', '.join(names)}." if names else ""
+        reasons = _listing([str(error) for error in damaged.values()])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
 
 
-def _verify(step: int, path: epath.Path, record: _Record | None) -> None:
-    """Reads everything in a step; a terminal shows progress. CheckpointCorruptError if anything is damaged."""
-    print(f"Step {step}:\n" * sys.stdout.isatty(), end="", flush=True)
-    with _reading(step, path):
-        folder = _array_folder(path)
-        arrays = _arrays_of(_saved_variables(path, record))
-        if record:
-            _check_tree(folder, arrays)
-        stores = _open_arrays(folder, arrays, record.save if record else None)
-        progress = keras.utils.Progbar(len(stores), unit_name="array", verbose=int(sys.stdout.isatty()))
-        for store in stores:
-            store.read().result()
-            progress.add(1)
-        if record and record.run:
-            for process in range(record.processes):
-                if (name := _read_archive(path, record, process).testzip()) is not None:
-                    raise ValueError(f"{name!r}, saved by process {process}, does not match its checksum")
+def _verify(path: epath.Path, record: _Record | None) -> None:
+    """Reads everything in a step; a terminal shows progress. ValueError if anything is damaged."""
+    arrays = _arrays_of(_saved_variables(path, record))
+    stores = _open_arrays(_array_folder(path), arrays, record.save if record else None)
+    progress = keras.utils.Progbar(len(stores), unit_name="array", verbose=int(sys.stdout.isatty()))
+    for store in stores:
+        store.read().result()
+        progress.add(1)
+    if record and record.run:
+        for process in range(record.processes):
+            _read_archive(path, record, process)
 
 
 # ---------------------------------------------------------------------------------------------- models
@@ -1962,9 +1887,8 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
 
 def _lora(layer: keras.layers.Layer) -> dict[str, Any]:
     """Rank and alpha of a layer's LoRA; empty if it is not enabled. Keras's own files do not restore alpha."""
-    if not getattr(layer, "lora_enabled", False):
-        return {}
-    return {"rank": layer.lora_rank, "alpha": getattr(layer, "lora_alpha", layer.lora_rank)}
+    is_enabled = getattr(layer, "lora_enabled", False)
+    return {"rank": layer.lora_rank, "alpha": layer.lora_alpha} if is_enabled else {}
 
 
 def _saved_assets(model: keras.Model) -> dict[str, bytes]:
@@ -1983,8 +1907,8 @@ def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) 
     """What differs between the assets of a model and the saved ones, in words."""
     live: dict[str, bytes] = {}
     with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
-        live = _saved_assets(model)
-    if not live or record is None or record.run is None:
+        live = _saved_assets(model) if record and record.run else {}
+    if not live or record is None:
         return []
     saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
     other = {name.split("/")[0] for name, file in live.items() if zlib.crc32(file) != saved.get(f"assets/{name}")}
@@ -2018,11 +1942,10 @@ def _rebuilt(record: _Record, archive: zipfile.ZipFile | None, compile: bool, **
                 _rename(variable, path)
         if compile and record.model.get("compile_config"):
             model.compile_from_config(record.model["compile_config"])
-    assets = [name for name in archive.namelist() if name.startswith("assets/")] if archive else []
-    if archive and assets:  # outside safe mode, as in Keras: these are files
+    if archive:  # outside safe mode, as in Keras: these are files
         with tempfile.TemporaryDirectory() as folder:
-            archive.extractall(folder, assets)
-            for place, layer in enumerate(_layers(model)):
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("assets/")])
+            for place, layer in enumerate(layers):
                 if os.path.isdir(path := os.path.join(folder, "assets", str(place))):
                     layer.load_assets(path)
     return model
@@ -2033,33 +1956,26 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
-def _loadable(
-    step: int, path: epath.Path, record: _Record | None, compile: bool, **scope: Any
-) -> tuple[keras.Model, _Variables]:
+def _loadable(step: int, record: _Record | None, path: epath.Path, compile: bool, **scope: Any) -> _Target:
     """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
-    problem = "another tool wrote it" if record is None else record.model.get("error")
-    if record is not None and problem is None:
-        with _reading(step, path):
-            archive = _read_archive(path, record) if record.run else None
-        try:
-            model = _rebuilt(record, archive, compile, **scope)
-            has_optimizer = compile and getattr(model, "optimizer", None) is not None
-            variables = _variables(model, has_optimizer) if model.built else {}
-        except Exception as error:
-            error.add_note(
-                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
-                "metrics are custom; or build the model as its script does, and restore it by "
-                "KerasOrbaxCheckpointManager.restore_state()."
-            )
-            raise
-        if not model.built:
-            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
-        if problem is None:
-            return model, variables
-    raise CheckpointError(
-        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
-        "does, then call KerasOrbaxCheckpointManager.restore_state()."
-    )
+    if record is None or "error" in record.model:
+        problem = record.model["error"] if record else "another tool wrote it"
+        raise CheckpointError(
+            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+            "does, then call KerasOrbaxCheckpointManager.restore_state()."
+        )
+    with _reading(step, path):
+        archive = _read_archive(path, record) if record.run else None
+    try:
+        model = _rebuilt(record, archive, compile, **scope)
+        return model, _variables(model, compile and getattr(model, "optimizer", None) is not None), []
+    except Exception as error:
+        error.add_note(
+            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
+            "are custom; or build the model as its script does, and restore it by "
+            "KerasOrbaxCheckpointManager.restore_state()."
+        )
+        raise
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
@@ -2427,7 +2343,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _known_step(self, step: int, path: epath.Path) -> tuple[int, datetime.datetime, dict[str, float] | None]:
         nanoseconds, metrics = 0, {}
         with contextlib.suppress(Exception):  # from any damage, which is reported on restore
-            metadata = _json(path / _METADATA)
+            metadata = json.loads((path / _METADATA).read_text())
             nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
             if record := _Record.from_metadata(metadata):
                 metrics = record.metrics
@@ -2582,7 +2498,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
             with _agreed():
                 for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
                     match = _STEP.fullmatch(path.name)
-                    if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
+                    name = match and (match["prefix"], int(match["step"]), match["temporary"])
+                    if name == (self._prefix, step, None) and not _is_step(path):
                         raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
             super().save(
                 step,
@@ -2609,7 +2526,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             record = _records({step: path}).get(step) if path and step == self.latest_step() else None
             if path and record and record.unfinished and jax.process_index() == 0:
                 _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
-                _set_aside(path, _REPLACED)
+                _set_aside(path, ".replaced")
         if step <= (newest := self._agreed_latest_step()):
             raise ValueError(
                 f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
@@ -2666,19 +2583,19 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """
         self._model.jax_state_sync()  # within fit, by another callback
         variables = _variables(self._model, optimizer=not weights_only)
-        found = self._restore(step, lambda *_: (variables, []), strict=strict, donate=donate, own=False)
+        found = self._restore(step, lambda *_: (self._model, variables, []), strict=strict, donate=donate, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
             return None
         return found.step
 
-    def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
+    def _restore(self, step: int | str | None, target_of: Callable[..., _Target], **how: Any) -> _Restored | None:
         """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
             _wait_for_saves(self.directory, besides=self)
             self.wait_until_finished()
         how |= {"sets_aside": not self._read_only, "best_step": self.best_step}
-        return _Restore(self.directory, self._prefix, lambda: self._model, variables_for, **how).run(step)
+        return _Restore(self.directory, self._prefix, target_of, **how).run(step)
 
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
@@ -2704,7 +2621,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._settle()
         is_committed, what = False, "that step does not exist"
         with contextlib.suppress(OSError):  # another error is on its way
-            for number, path in _temporary(self.directory, self._prefix):
+            for number, path in _folders(self.directory, self._prefix)[3]:
                 is_own = str(save) in path.name or _is_bucket(path)
                 if number == step and is_own and jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
@@ -2776,18 +2693,12 @@ def load_model(
     """
     _check_backend()
     directory = _usable_directory(checkpoint_dir, {"read_only": True})
-    models: list[keras.Model] = []
-
-    def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        model, variables = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
-        models[:] = [model]
-        return variables, []
-
+    target_of = functools.partial(_loadable, compile=compile, custom_objects=custom_objects, safe_mode=safe_mode)
     _wait_for_saves(directory)
-    restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
-    if restore.run(step) is None:
+    restore = _Restore(directory, ..., target_of, donate=True, own=False)
+    if (restored := restore.run(step)) is None:
         raise FileNotFoundError(_nothing_in(directory))
-    return models[0]
+    return restored.model
 
 
 # --------------------------------------------------------------------------------------------- signals
@@ -2999,8 +2910,8 @@ class _Run(keras.callbacks.Callback):
                 "stateful, as objects with get_state and set_state."
             )
 
-    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
-        """Sets where the run continues after `step`. Returns the variables to restore, and why it cannot continue."""
+    def _plan(self, step: int, record: _Record | None, path: epath.Path) -> _Target:
+        """Sets where the run continues after `step`. Returns what to restore, and why it cannot continue."""
         per_epoch = self.manager._steps_per_epoch
         start = record.position if record else _Position(step // per_epoch + 1)
         self.start = start._replace(batches=start.epoch * per_epoch) if start.batches is None else start
@@ -3017,7 +2928,7 @@ class _Run(keras.callbacks.Callback):
             _, differences = _compare(live, record.variables, True, names, True)
             is_other |= any(line.startswith(_GROUPS[2]) for line in differences)
         variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
-        return variables, list(self._differences(step, record))
+        return self._model, variables, list(self._differences(step, record))
 
     def _is_over(self, record: _Record | None) -> bool:
         """Whether all epochs are done, or a callback stopped an earlier `fit` of at least as many."""
@@ -3162,7 +3073,7 @@ class _Run(keras.callbacks.Callback):
 
     def _compare_last(self) -> None:
         """Raises or warns if the last skipped batch is not the one trained on."""
-        step, record, own = self.restored
+        step, record, own, _ = self.restored
         saved, found = own["last"], _fingerprint(self.last)
         if not saved["shapes"] or record is None or record.processes != jax.process_count():
             return
@@ -3509,7 +3420,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
     """The table columns of a step. Variables and parameters are counted as in Keras's summary."""
     at = record and record.position
     place = [str(at.epoch + (at.batch > 0)), str(at.batch or "end")] if at else "??"
-    nanoseconds = _json(path / _METADATA).get("commit_timestamp_nsecs")  # missing if an older Orbax wrote it
+    nanoseconds = json.loads((path / _METADATA).read_text()).get("commit_timestamp_nsecs")  # not from old Orbax
     saved = datetime.datetime.fromtimestamp(nanoseconds // 10**9).isoformat(" ") if nanoseconds else "?"
     groups, size = _saved_variables(path, record), sum(file.stat().length for file in _files(path))
     specs = [spec for group in _WEIGHTS for spec in groups[group] if "/seed_generator_state" not in spec.path]
@@ -3532,7 +3443,8 @@ def _look(directory: str, verify: bool) -> bool:
                     marks, result = ["written by another tool", *marks], "All readable; some lack checksums."
                 row = _row(path, record)
                 if verify:
-                    _verify(step, path, record)
+                    print(f"Step {step}:\n" * sys.stdout.isatty(), end="", flush=True)
+                    _verify(path, record)
         except CheckpointError as error:
             if _steps(path.parent).get(step) != path:  # deleted meanwhile
                 continue
