@@ -181,7 +181,7 @@ def _generator(kind: str, state: Any) -> Any:
 
 # What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
 _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
-    **dict.fromkeys((set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
     **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
     **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
     datetime.timezone: lambda old: [old.utcoffset(None)],
@@ -193,8 +193,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
 }
 _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
-    **{kind.__name__: kind for kind in (tuple, *_ARGUMENTS)},
-    **{kind.__name__: _generator for kind in _GENERATORS},
+    **{kind.__name__: _generator if kind in _GENERATORS else kind for kind in _ARGUMENTS},
     "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
     "scalar": lambda array: array[()],
     "jax": jax.numpy.asarray,
@@ -211,43 +210,56 @@ def _is_key(value: Any) -> bool:
     return jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) or (value.dtype == "uint32" and value.size <= 4)
 
 
-def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
-    """`value` as JSON. Large arrays become indices into `arrays`, to which their bytes are appended.
+def _arguments(value: Any) -> tuple[str, Iterable[Any]]:
+    """The name of a maker, and its arguments. TypeError, RuntimeError or LookupError if none makes an equal value."""
+    kind = type(value)
+    if _is_key(value) and value.dtype != "uint32":
+        return "key", [jax.random.key_data(value), str(jax.random.key_impl(value))]
+    if isinstance(value, jax.Array):
+        return "jax", [np.asarray(value)]
+    if isinstance(value, (np.ndarray, np.generic)) and (value.dtype.kind in "OT" or value.dtype.names):
+        raise TypeError("not just numbers or texts")
+    if isinstance(value, np.generic):
+        return "scalar", [np.asarray(value)]
+    if kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values()):
+        raise TypeError("its factory is code")
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+        return "torch", [value.detach().cpu().numpy()]
+    if named := [name for name, each in _NAMED.items() if value is each]:
+        return "name", named
+    return kind.__name__, _ARGUMENTS[kind](value)
+
+
+def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
+    """`value` as JSON, and the large arrays of bytes that it refers to by index.
 
     TypeError if the value would not come back with the same types, unless `default` converts it.
     """
-    if (kind := type(value)) in (bool, int, float, str, type(None)):
-        return value
-    pack = functools.partial(_pack, arrays=arrays, default=default)
-    if kind in (list, tuple):  # tested early: they may be long
-        items = [pack(item) for item in value]
-        return items if kind is list else {"tuple": [items]}
-    if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
-        arrays.append(np.frombuffer(value, np.uint8))
-        return {"bytes": len(arrays) - 1}
-    if kind is bytes:
-        return {"bytes": base64.b64encode(value).decode()}
-    if _is_key(value) and value.dtype != "uint32":
-        return {"key": [pack(jax.random.key_data(value)), str(jax.random.key_impl(value))]}
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # parts of other processes
-        if isinstance(value, (np.generic, jax.Array)):
-            return {"jax" if isinstance(value, jax.Array) else "scalar": [pack(np.asarray(value), default=None)]}
-    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
-        return {"torch": [pack(value.detach().cpu().numpy())]}
-    for name, each in _NAMED.items():
-        if value is each:
-            return {"name": [name]}
-    is_odd = kind is np.ndarray and (value.dtype.kind in "OT" or value.dtype.names)  # not just numbers or texts
-    is_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
-    if kind in _ARGUMENTS and not is_odd and not is_code:
-        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
-    if default is not None:
-        return pack(default(value), default=None)
-    raise TypeError(f"a {kind.__name__} cannot be saved")
+    arrays: list[np.ndarray] = []
+
+    def pack(value: Any) -> Any:
+        if (kind := type(value)) in (bool, int, float, str, type(None)):
+            return value
+        if kind is list:
+            return [pack(item) for item in value]
+        if kind is bytes and len(value) <= _INLINE_BYTES:
+            return {"bytes": base64.b64encode(value).decode()}
+        if kind is bytes:
+            arrays.append(np.frombuffer(value, np.uint8))
+            return {"bytes": len(arrays) - 1}
+        try:
+            name, arguments = _arguments(value)
+        except (TypeError, RuntimeError, LookupError) as error:  # also an array that is deleted or of other processes
+            if default is None:
+                raise TypeError(f"a {kind.__name__} cannot be saved") from error
+            return pack(default(value))
+        return {name: [pack(argument) for argument in arguments]}
+
+    return pack(value), arrays
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `_pack`. LookupError or ValueError for what `_pack` does not make."""
+    """The inverse of `_packed`. LookupError or ValueError for what that does not make."""
     if isinstance(value, list):
         return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
@@ -256,12 +268,6 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     if kind == "bytes":
         return base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
     return _MAKERS[kind](*_unpack(content, arrays))
-
-
-def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
-    """`value` as JSON, and the large arrays to which that refers."""
-    arrays: list[np.ndarray] = []
-    return _pack(value, arrays, default), arrays
 
 
 def _copied(value: Any, default: Callable | None = None) -> Any:
@@ -348,13 +354,12 @@ _SEAMS = {
 
 
 def _check_seams(model: keras.Model) -> None:
-    missing = []
+    missing = [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
     for seam in _SEAMS:
         try:
             pkgutil.resolve_name(seam)
         except (ImportError, AttributeError):
             missing.append(seam.replace(":", "."))
-    missing += [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
     if missing:
         raise _untested(f"{', '.join(missing)} is gone")
 
@@ -377,31 +382,35 @@ class _Fit(NamedTuple):
     epochs: int
 
 
-def _locals(frame: types.FrameType) -> dict[str, Any]:
-    """The local variables of a running function; empty for a module."""
-    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+def _locals_of_fit(frame: Any) -> dict[str, Any]:
+    """The local variables of the frame if it is one of Keras's `fit`; else none. The frame keeps no copy of them."""
+    if not {"epoch_iterator", "training_finished"}.issubset(frame.f_code.co_varnames):
         return {}
     names = dict(frame.f_locals)
-    if isinstance(frame.f_locals, dict):  # before Python 3.13, a copy that the frame would keep, and old states with it
+    if isinstance(frame.f_locals, dict):  # before Python 3.13, a copy that would hold old states
         frame.f_locals.clear()
     return names
 
 
+def _running_fit() -> dict[str, Any]:
+    """The local variables of the innermost `fit` that is running; empty if there is none."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if names := _locals_of_fit(frame):
+            return names
+        frame = frame.f_back
+    return {}
+
+
 def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     """The `fit` that is calling the `on_train_begin` of a callback."""
-    # Keras passes a callback neither the other callbacks nor the data. No frame is kept.
-    frame: Any = sys._getframe(1)
-    while frame is not None and not isinstance(_locals(frame).get("self"), keras.callbacks.CallbackList):
-        frame = frame.f_back
-    callbacks: Any = frame and _locals(frame)["self"]
-    names = _locals(frame.f_back) if frame else {}
-    iterator = names.get("epoch_iterator")
+    names = _running_fit()  # Keras passes a callback neither the other callbacks nor the data
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
-    if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
+    if not all(hasattr(names.get("epoch_iterator"), name) for name in touched):
         raise _untested("This callback works inside the fit() of keras.Model, which is overridden here, or has changed")
-    if callback not in callbacks.callbacks:
+    if callback not in names["callbacks"].callbacks:
         raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
-    return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"])
+    return _Fit(names["callbacks"], names["epoch_iterator"], names["x"], names.get("val_x"), names["epochs"])
 
 
 def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callable, ended: Callable) -> None:
@@ -415,21 +424,17 @@ def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callab
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
     def jax_state_sync() -> None:
-        names = _locals(sys._getframe(1))
-        is_called_by_fit = names.get("epoch_iterator") is iterator and "training_finished" in names
+        names = _locals_of_fit(sys._getframe(1))
+        if names.get("epoch_iterator") is not iterator:
+            return sync()
         try:
             sync()
         except BaseException:
-            if is_called_by_fit:
-                ended(False)
+            ended(False)
             raise
-        if is_called_by_fit:
-            if names["training_finished"]:
-                ended(True)
-            elif sys.exc_info()[1] is not handled:
-                ended(False)
-            else:
-                trained()
+        if names["training_finished"] or sys.exc_info()[1] is not handled:
+            return ended(names["training_finished"])
+        return trained()
 
     vars(model)["jax_state_sync"] = jax_state_sync
 
@@ -439,29 +444,15 @@ def _unwatch_fit(model: keras.Model) -> None:
     model._initial_epoch = None
 
 
-class _FirstEpoch(int):
-    """The epoch at which a `fit` starts, forgotten once Keras has asked for it: a callback may call `fit` again."""
-
-    model: keras.Model
-
-    def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
-        self.model._initial_epoch = None
-        return True
-
-
 def _start_at_epoch(model: keras.Model, epoch: int) -> None:
-    """Makes the `fit` that is about to loop start at `epoch`."""
-    # Keras has no public way for a callback to do that.
-    model._initial_epoch = first = _FirstEpoch(epoch)
-    first.model = model
+    """Makes the `fit` that is about to loop start at `epoch`. Keras has no public way for a callback to do that."""
 
+    class FirstEpoch(int):
+        def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
+            model._initial_epoch = None  # a callback may call fit again
+            return True
 
-def _last_logs(fit: _Fit) -> Any:
-    """The logs that the last train step of a running `fit` returned; None before the first."""
-    frame: Any = sys._getframe(1)
-    while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
-        frame = frame.f_back
-    return names.get("logs")
+    model._initial_epoch = FirstEpoch(epoch)
 
 
 def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
@@ -482,7 +473,7 @@ def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
     def step(state: tuple, iterator: Iterator) -> tuple:
         return logs, state
 
-    def undo(*args: Any, **kwargs: Any) -> None:
+    def undo(*ignored: Any) -> None:
         if model.train_function is step:
             model.train_function = train_function
         for name in ("on_train_batch_begin", "on_train_batch_end"):
@@ -514,13 +505,12 @@ def _is_bucket(directory: epath.PathLike) -> bool:
     return str(directory).startswith("gs://")
 
 
-def _uncached(bucket: epath.Path) -> epath.Path:
+def _uncached(bucket: epath.Path) -> None:
     """Disables gcsfs's listing cache: TensorStore and other processes write behind its back."""
     if hasattr(bucket._backend, "fs"):  # if TensorFlow is installed, etils uses it instead of gcsfs
         files = bucket._backend.fs(bucket)
         files.dircache.use_listings_cache = False
         files.invalidate_cache()
-    return bucket
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:
@@ -534,12 +524,9 @@ def _move(path: epath.Path, target: epath.Path) -> None:
 
 
 class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush.
+    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush."""
 
-    Another process may, by mistake, be saving the same step: each save has a folder of its own.
-    """
-
-    save = ""  # the id of the save that is about to begin
+    save = ""  # the id of the save that is about to begin: by mistake, another process may be saving the same step
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> "_FlushedPath":
@@ -551,9 +538,7 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         if self._checkpoint_metadata_store is None:  # an item inside a step
             return super().finalize()
         final: Any = self._final_path
-        temporary: Any = self._tmp_path
-        self._final_path: Any = temporary.parent / f"{temporary.name}-written"
-        self._final_path.rmtree(missing_ok=True)  # of a save that was killed
+        self._final_path: Any = final.parent / f"{self.get().name}-written"
         done = super().finalize()  # a coroutine since Orbax 0.11.2x
         return self._name_later(done, final) if inspect.isawaitable(done) else self._name(final)
 
@@ -631,32 +616,24 @@ def _variables_in_order(model: keras.Model) -> list[keras.Variable]:
 
 def _automatic_name(cls: type) -> str:
     """The name that Keras gives an object of a class, without the number."""
-    from keras.src.utils import naming
-
-    return naming.to_snake_case(cls.__name__)
+    return keras.src.utils.naming.to_snake_case(cls.__name__)
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator behind `keras.random` calls without a seed; None before its first use."""
-    from keras.src.backend.common import global_state
-
-    return global_state.get_global_attribute("global_seed_generator")
+    return keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
 
 
 def _set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> None:
     """With None, Keras draws a new one from Python's `random` when it next needs it."""
-    from keras.src.backend.common import global_state
-
-    global_state.set_global_attribute("global_seed_generator", generator)
+    keras.src.backend.common.global_state.set_global_attribute("global_seed_generator", generator)
 
 
 @contextlib.contextmanager
 def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: bool = True) -> Iterator[None]:
     """A context in which Keras serializes as for its own files: an object that several layers share, only once."""
-    from keras.src.saving import serialization_lib
-
-    names = keras.saving.custom_object_scope(custom_objects or {})
-    with serialization_lib.ObjectSharingScope(), serialization_lib.SafeModeScope(safe_mode), names:
+    library, names = keras.src.saving.serialization_lib, keras.saving.custom_object_scope(custom_objects or {})
+    with library.ObjectSharingScope(), library.SafeModeScope(safe_mode), names:
         yield
 
 
@@ -3303,7 +3280,7 @@ class _Run(keras.callbacks.Callback):
             "members": states,
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
-            "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
+            "logs": None if is_epoch_end else _copied(_running_fit()["logs"], repr),
         }
         if self.resumable is not None:
             own["state"] = self.resumable.state(self.count)
