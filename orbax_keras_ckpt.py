@@ -149,15 +149,15 @@ class _Spec(NamedTuple):
     dtype: str
 
 
-class _Position(NamedTuple):
-    """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0.
+_Specs = Mapping[str, Sequence[_Spec]]  # by group, in the model's order
 
-    `batches` is the number of train batches that the run has completed, None if unknown.
-    """
+
+class _Position(NamedTuple):
+    """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0."""
 
     epoch: int
     batch: int = 0
-    batches: int | None = None
+    batches: int | None = None  # that the run has trained on in all; None if unknown
 
 
 _INLINE_BYTES = 2**13  # more are stored outside the JSON
@@ -204,16 +204,14 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
 
 
 def _is_key(value: Any) -> bool:
-    """Whether a value is a key of `jax.random`, of the new kind or the old."""
-    if not isinstance(value, jax.Array):
-        return False
-    return jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) or (value.dtype == "uint32" and value.size <= 4)
+    """Whether a value is a key of `jax.random`."""
+    return isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _arguments(value: Any) -> tuple[str, Iterable[Any]]:
     """The name of a maker, and its arguments. TypeError, RuntimeError or LookupError if none makes an equal value."""
     kind = type(value)
-    if _is_key(value) and value.dtype != "uint32":
+    if _is_key(value):
         return "key", [jax.random.key_data(value), str(jax.random.key_impl(value))]
     if isinstance(value, jax.Array):
         return "jax", [np.asarray(value)]
@@ -285,7 +283,7 @@ class _Record:
 
     save: str  # the id of this save, also stored with each of its arrays
     position: _Position
-    variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
+    variables: _Specs  # in the model's order: Orbax returns sorted dicts
     metrics: dict[str, float]
     monitor: list[str] | None  # what decides which checkpoint is best, and "min" or "max"
     model: dict[str, Any]
@@ -305,8 +303,7 @@ class _Record:
         return len(self.run or [None])
 
     def to_metadata(self) -> dict[str, Any]:
-        fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
-        fields = json.loads(json.dumps(fields))
+        fields = json.loads(json.dumps({"format": _FORMAT, **vars(self), "position": self.position._asdict()}))
         return {_RECORD_KEY: {**fields, "crc32": _checksum(fields)}}
 
     @classmethod
@@ -324,17 +321,14 @@ class _Record:
                 f"format {_FORMAT}. Use the version that wrote the checkpoint, or a newer one."
             )
         fields["position"] = _Position(**fields["position"])
-        fields["variables"] = {
-            group: [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
-            for group, specs in fields["variables"].items()
-        }
+        for group, specs in fields["variables"].items():
+            fields["variables"][group] = [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
         return cls(**fields)
 
 
 # ----------------------------------------------------------------------------------------------- seams
-# Every private or version-dependent use of Keras, Orbax and JAX. Each works the same in all tested versions, unless the
-# function says since when. If one is gone, creating a manager fails and the error names it; what exists only inside a
-# running `fit` is checked when `fit` starts, before anything is trained.
+# Every private or version-dependent use of Keras, Orbax and JAX. If one is gone, creating a manager fails and names it;
+# what exists only inside a running `fit` is checked when `fit` starts, before anything is trained.
 
 _TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
 _SEAMS = {
@@ -465,23 +459,18 @@ def _count_as_seen(fit: _Fit, batches: int) -> None:
     fit.epoch_iterator._steps_seen += batches
 
 
-def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
-    """Makes the next step of `fit` return `logs`, change nothing and call no callbacks. Returns the undo."""
+@contextlib.contextmanager
+def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Iterator[None]:
+    """Makes a step of `fit` return `logs`, change nothing and call no callbacks."""
     # If only the validation of an epoch is left, fit still needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
-
-    def step(state: tuple, iterator: Iterator) -> tuple:
-        return logs, state
-
-    def undo(*ignored: Any) -> None:
-        if model.train_function is step:
-            model.train_function = train_function
-        for name in ("on_train_batch_begin", "on_train_batch_end"):
-            vars(callbacks).pop(name, None)
-
-    model.train_function = step
-    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, undo
-    return undo
+    model.train_function = lambda state, iterator: (logs, state)
+    callbacks.on_train_batch_begin = callbacks.on_train_batch_end = lambda batch, logs=None: None
+    try:
+        yield
+    finally:
+        model.train_function = train_function
+        del callbacks.on_train_batch_begin, callbacks.on_train_batch_end
 
 
 def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
@@ -614,9 +603,23 @@ def _variables_in_order(model: keras.Model) -> list[keras.Variable]:
     return list(found.values())
 
 
-def _automatic_name(cls: type) -> str:
-    """The name that Keras gives an object of a class, without the number."""
-    return keras.src.utils.naming.to_snake_case(cls.__name__)
+def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
+    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
+    stem, _, number = name.rpartition("_") if re.search(r"_\d+$", name) else (name, "", "0")
+    return (stem, int(number)) if stem in automatic else (name, 0)
+
+
+def _automatic_names(model: keras.Model) -> set[str]:
+    """The names that Keras has made up for a model's parts, without their numbers."""
+    optimizer = getattr(model, "optimizer", None)
+    members = [each for layer in _layers(model) for each in (layer, *layer._layers)]  # also those that were replaced
+    members += filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])
+    found = {"seed_generator", "variable"}
+    for member in members:
+        stem = keras.src.utils.naming.to_snake_case(type(member).__name__)
+        stems = {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
+        found |= stems & {_split(member.name, stems)[0]}
+    return found
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
@@ -748,31 +751,24 @@ class _Meetings:
 
 
 def _warn(message: str) -> None:
-    """Warns, on process 0 only, and points at the line of user code that led here."""
-    others = (_warn.__code__.co_filename, *(os.path.dirname(str(each.__file__)) for each in (keras, ocp)))
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
-        frame, level = frame.f_back, level + 1
+    """Warns, on process 0 only."""
     if jax.process_index() == 0:
-        warnings.warn(message, stacklevel=level)
+        warnings.warn(message, stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------- variables
 
-_NUMBER = re.compile(r"_(\d+)$")
 _nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a": {"b": 1}}
-
-
 _Variables = dict[str, dict[str, keras.Variable]]  # by group and path
+_State = dict[str, dict[str, jax.Array]]  # their values
 
 
 def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False) -> _Variables:
     """The model's variables, in its order. ValueError if it is not ready or paths are not unique."""
     if not model.built:
-        raise ValueError(
-            f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
-        )
-    members = {name: list(getattr(model, name)) for name in _WEIGHTS}
+        raise ValueError(f"The model {model.name!r} has no variables yet. Call it on a batch of data first.")
+    found: _Variables = {group: {each.path: each for each in getattr(model, group)} for group in _WEIGHTS}
+    _check_paths([each.path for group in _WEIGHTS for each in getattr(model, group)])
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
             raise ValueError(
@@ -781,16 +777,12 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
             )
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        members[_GROUPS[2]] = list(model.optimizer.variables)
-    paths = {name: [variable.path for variable in variables] for name, variables in members.items()}
-    _check_paths(paths[_WEIGHTS[0]] + paths[_WEIGHTS[1]])
-    if optimizer:
-        paths[_GROUPS[2]] = _distinct(paths[_GROUPS[2]])
-        _check_paths(paths[_GROUPS[2]])
-    groups = {name: dict(zip(paths[name], variables)) for name, variables in members.items()}
+        paths = _distinct([each.path for each in model.optimizer.variables])
+        _check_paths(paths)
+        found[_GROUPS[2]] = dict(zip(paths, model.optimizer.variables))
     if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
-        groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
-    return groups
+        found[_GROUPS[3]] = {f"{number:04}": each for number, each in enumerate(model.metrics_variables)}
+    return found
 
 
 def _distinct(paths: list[str]) -> list[str]:
@@ -807,9 +799,8 @@ def _check_paths(paths: list[str]) -> None:
     for path in paths:
         if names[path.replace("/", ".")] > 1 or path in folders:
             raise ValueError(
-                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
-                "checkpoint could not tell them apart. Give them or their layers different names: by name=..., or by "
-                "clone_function=... of keras.models.clone_model."
+                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/'. Give "
+                "them or their layers different names: by name=..., or by clone_function=... of clone_model."
             )
 
 
@@ -817,22 +808,24 @@ def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Arr
     return tuple([variable.value for variable in members] for members in variables)
 
 
-def _specs(
-    variables: Mapping[str, Mapping[str, keras.Variable]], values: Iterable[list[jax.Array]]
-) -> dict[str, list[_Spec]]:
+def _state(variables: _Variables, values: Iterable[Iterable[jax.Array]] | None = None) -> _State:
+    """The values of variables; `values` are other ones in the same order."""
+    values = values or _values(members.values() for members in variables.values())
+    return {group: dict(zip(members, leaves)) for (group, members), leaves in zip(variables.items(), values)}
+
+
+def _specs(state: _State) -> _Specs:
     # A variable may claim float64 while JAX uses 32 bits, so the dtype is taken from its value.
     return {
-        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in zip(members, leaves)]
-        for (group, members), leaves in zip(variables.items(), values)
+        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in members.items()]
+        for group, members in state.items()
     }
 
 
-def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Array]]) -> dict[str, Any]:
-    """The state tree with these values, less empty arrays, which Orbax refuses; the record lists those too."""
-    return {
-        group: _nest({path: value for path, value in zip(paths, leaves) if value.size})
-        for (group, paths), leaves in zip(variables.items(), values)
-    }
+def _tree(state: _State) -> dict[str, Any]:
+    """The state tree, less empty arrays, which Orbax refuses; the record lists those too."""
+    sized = {group: {path: value for path, value in members.items() if value.size} for group, members in state.items()}
+    return {group: _nest(members) for group, members in sized.items()}
 
 
 def _array_name(group: str, path: str) -> str:
@@ -840,28 +833,10 @@ def _array_name(group: str, path: str) -> str:
     return f"{group}/{path}".replace("/", ".")
 
 
-def _arrays_of(variables: Mapping[str, list[_Spec]]) -> dict[str, _Spec]:
+def _arrays_of(variables: _Specs) -> dict[str, _Spec]:
     """The arrays on disk, by name."""
     named = {_array_name(group, spec.path): spec for group, members in variables.items() for spec in members}
     return {name: spec for name, spec in named.items() if math.prod(spec.shape)}
-
-
-def _automatic_names(model: keras.Model) -> set[str]:
-    """The automatic names of a model's parts, without their numbers."""
-    optimizer = getattr(model, "optimizer", None)
-    layers = [each for layer in _layers(model) for each in (layer, *layer._layers)]  # also those that were replaced
-    members = [*layers, *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
-    stems = {"seed_generator", "variable"}
-    for member in members:
-        stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
-        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
-    return stems
-
-
-def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
-    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
-    stem, number = _NUMBER.sub("", name), _NUMBER.search(name)
-    return (stem, int(number[1]) if number else 0) if stem in automatic else (name, 0)
 
 
 def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool) -> Iterator[tuple[Any, Any]]:
@@ -871,35 +846,32 @@ def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: b
     numbers. If this changes the order in which they come (only looked at with `is_ordered`), or if one tree has more
     of them, the user has given some of the numbers, or the models differ: then they are paired by name alone.
     """
-    families: dict[Any, tuple[list[str], list[str]]] = collections.defaultdict(lambda: ([], []))
+    families: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = collections.defaultdict(lambda: ({}, {}))
     for side, tree in enumerate((live, saved)):
         for name, child in tree.items():
-            families[isinstance(child, dict), _split(name, automatic)[0]][side].append(name)
+            families[isinstance(child, dict), _split(name, automatic)[0]][side][name] = child
     for (is_folder, _), (here, there) in families.items():
         by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
         pairs: list[tuple[Any, Any]] = list(zip(*by_number))
-        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != there):
-            both = dict.fromkeys(here + there)
-            pairs = [(name if name in here else None, name if name in there else None) for name in both]
+        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != [*there]):
+            pairs = [(name, name) for name in here | there]
         for one, other in pairs:
             if is_folder:
-                yield from _pair(live.get(one, {}), saved.get(other, {}), automatic, is_ordered)
+                yield from _pair(here.get(one, {}), there.get(other, {}), automatic, is_ordered)
             else:
-                yield live.get(one), saved.get(other)
+                yield here.get(one), there.get(other)
 
 
-def _pair_variables(
-    live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]], automatic: Iterable[str], is_ordered: bool
-) -> list[tuple[Any, Any]]:
+def _pair_variables(live: _Specs, saved: _Specs, automatic: set[str], is_ordered: bool) -> list[tuple[Any, Any]]:
     """Pairs of live and saved variables, each as (group, spec); None for a variable without a counterpart.
 
     A weight may have changed its group, if its layer was frozen or unfrozen in between.
     """
 
-    def tree(specs: Mapping[str, list[_Spec]], groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
+    def tree(specs: _Specs, groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
         named: dict[str, Any] = {}
         for group in groups:
-            for spec in specs.get(group, []):
+            for spec in specs.get(group, ()):
                 path = name(spec.path)
                 named[f"/{spec.path}" if path in named else path] = group, spec
         return _nest(named)
@@ -961,33 +933,29 @@ class _Source(NamedTuple):
 
 
 def _compare(
-    variables: Mapping[str, Mapping[str, keras.Variable]],
-    saved: Mapping[str, list[_Spec]],
-    strict: bool,
-    automatic: Iterable[str],
-    is_ordered: bool,
+    model: keras.Model, variables: _Variables, saved: _Specs, strict: bool, is_ordered: bool
 ) -> tuple[list[_Source], list[str]]:
     """What to restore from where, and every difference in words; a dtype counts as one only if `strict`.
 
-    `is_ordered` says that the saved variables come in their model's order.
+    `variables` belong to the model. `is_ordered` says that the saved ones come in their model's order.
     """
-    live = _specs(variables, _values(members.values() for members in variables.values()))
-    saved = {group: saved.get(group, []) for group in variables}
     sources: list[_Source] = []
     differences: list[str] = []
-    for one, other in _pair_variables(live, saved, automatic, is_ordered):
-        group, spec = one or other
-        difference = f"{group}: {(other or one)[1].path!r} "
+    saved = {group: saved.get(group, []) for group in variables}
+    for one, other in _pair_variables(_specs(_state(variables)), saved, _automatic_names(model), is_ordered):
+        (group, spec), (saved_group, was) = one or other, other or one
         if other is None:
-            differences.append(f"{difference}is in the model but not in the checkpoint")
+            what = "is in the model but not in the checkpoint"
         elif one is None:
-            differences.append(f"{difference}is in the checkpoint but not in the model")
-        elif other[1].shape != spec.shape:
-            differences.append(f"{difference}was saved as {other[1].shape}, the model has {spec.shape}")
-        elif strict and other[1].dtype != spec.dtype:
-            differences.append(f"{difference}was saved as {other[1].dtype}, the model has {spec.dtype}")
+            what = "is in the checkpoint but not in the model"
+        elif was.shape != spec.shape:
+            what = f"was saved as {was.shape}, the model has {spec.shape}"
+        elif strict and was.dtype != spec.dtype:
+            what = f"was saved as {was.dtype}, the model has {spec.dtype}"
         else:
-            sources.append(_Source(_array_name(other[0], other[1].path), variables[group][spec.path], other[1]))
+            sources.append(_Source(_array_name(saved_group, was.path), variables[group][spec.path], was))
+            continue
+        differences.append(f"{group}: {was.path!r} {what}")
     # Weights first: differences in the optimizer mostly follow from theirs.
     return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
@@ -1282,7 +1250,8 @@ class _Dataset(_Stateful):
         return {name: value for name, value in self.copy().items() if isinstance(value, _PLAIN)}
 
     def _is_state(self, value: Any) -> bool:
-        if type(value) in _PLAIN or _is_key(value):
+        is_old_key = isinstance(value, jax.Array) and value.dtype == "uint32" and value.size <= 4
+        if type(value) in _PLAIN or _is_key(value) or is_old_key:
             return True
         if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
@@ -1723,7 +1692,7 @@ def _foreign_variables(directory: epath.Path) -> dict[str, list[_Spec]]:
     return variables
 
 
-def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
+def _saved_variables(path: epath.Path, record: _Record | None) -> _Specs:
     return record.variables if record else _foreign_variables(_array_folder(path))
 
 
@@ -1861,8 +1830,7 @@ class _Restore:
                 if record:
                     _check_tree(path / "default", _arrays_of(saved))
             variables, problems = self.variables_for(step, record, path)
-            automatic = _automatic_names(self.model_of())
-            sources, differences = _compare(variables, saved, self.strict, automatic, record is not None)
+            sources, differences = _compare(self.model_of(), variables, saved, self.strict, record is not None)
             with _reading(step, path):
                 differences += _other_assets(self.model_of(), path, record)
             if problems or (differences and self.strict):
@@ -2464,7 +2432,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
-        self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
+        self._check_is_distributed(_state(_variables(self._model)))
         self._describe()
         self._monitored()
 
@@ -2527,10 +2495,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs.
         """
         with _LOCK:
-            variables = _variables(self._model, metrics=values is not None)
-            if values is None:
-                values = _values(members.values() for members in variables.values())
-            self._check_is_distributed(values)
+            state = _state(_variables(self._model, metrics=values is not None), values)
+            self._check_is_distributed(state)
             _wait_for_saves(self.directory, besides=self)
             self._make_room(step)
             if not force and not self.should_save(step):
@@ -2538,11 +2504,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.wait_until_finished()
             self.reload()
             where, items = self._own_of(own)
-            items["default"] = _tree(variables, values)
+            items["default"] = _tree(state)
             record = _Record(
                 save=_gather(uuid.uuid4().hex)[0],
                 position=position,
-                variables=_specs(variables, values),
+                variables=_specs(state),
                 metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
                 monitor=self._monitored(),
                 model=self._description[0],
@@ -2717,9 +2683,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._is_writing = False
         self._meetings.give_up(error)
 
-    def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
+    def _check_is_distributed(self, state: _State) -> None:
         """Raises if each process has variables of its own: they would overwrite each other's arrays."""
-        if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
+        if jax.process_count() > 1 and any(value.is_fully_addressable for value in jax.tree.leaves(state)):
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
                 "are not distributed. Call keras.distribution.set_distribution() before the model is built."
@@ -3009,8 +2975,7 @@ class _Run(keras.callbacks.Callback):
         if is_other and self._model.optimizer is self.aborted:
             _warn("The model's optimizer was trained in a fit that was aborted, and keeps that state. Compile it anew.")
         if record is not None and start[:2] > (self.fit.epochs, 0):
-            live, names = _variables(self._model), _automatic_names(self._model)
-            _, differences = _compare(live, record.variables, True, names, True)
+            _, differences = _compare(self._model, _variables(self._model), record.variables, True, True)
             is_other |= any(line.startswith(_GROUPS[2]) for line in differences)
         variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return variables, list(self._differences(step, record))
@@ -3188,8 +3153,8 @@ class _Run(keras.callbacks.Callback):
                 variable.assign(value)
         self._put_back(self.restored.own)
         if self.start.batch:  # fit needs logs, if only validation is left
-            self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
-            yield (*place, self.reader)
+            with _let_pass(self._model, self.fit, self.restored.own["logs"]):
+                yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
