@@ -204,14 +204,15 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
 
 
 def _is_key(value: Any) -> bool:
-    """Whether a value is a key of `jax.random`."""
-    return isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    """Whether a value is a key of `jax.random`, of the new kind or the old."""
+    is_new = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return is_new or (isinstance(value, jax.Array) and value.dtype == "uint32" and value.size <= 4)
 
 
 def _arguments(value: Any) -> tuple[str, Iterable[Any]]:
     """The name of a maker, and its arguments. TypeError, RuntimeError or LookupError if none makes an equal value."""
     kind = type(value)
-    if _is_key(value):
+    if _is_key(value) and value.dtype != "uint32":
         return "key", [jax.random.key_data(value), str(jax.random.key_impl(value))]
     if isinstance(value, jax.Array):
         return "jax", [np.asarray(value)]
@@ -771,10 +772,7 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
     _check_paths([each.path for group in _WEIGHTS for each in getattr(model, group)])
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
-            raise ValueError(
-                f"The model {model.name!r} is not compiled. Call model.compile() first; only "
-                "restore_state(weights_only=True) works without."
-            )
+            raise ValueError(f"The model {model.name!r} is not compiled. Only weights_only=True works without.")
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         paths = _distinct([each.path for each in model.optimizer.variables])
@@ -1250,8 +1248,7 @@ class _Dataset(_Stateful):
         return {name: value for name, value in self.copy().items() if isinstance(value, _PLAIN)}
 
     def _is_state(self, value: Any) -> bool:
-        is_old_key = isinstance(value, jax.Array) and value.dtype == "uint32" and value.size <= 4
-        if type(value) in _PLAIN or _is_key(value) or is_old_key:
+        if type(value) in _PLAIN or _is_key(value):
             return True
         if not self.hooks and not isinstance(value, (np.generic, *_GENERATORS)):
             return False  # nothing shuffles: it is taken for the data
@@ -3245,7 +3242,7 @@ class _Run(keras.callbacks.Callback):
             "members": states,
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
-            "logs": None if is_epoch_end else _copied(_running_fit()["logs"], repr),
+            "logs": None if is_epoch_end else _copied(_running_fit().get("logs"), repr),
         }
         if self.resumable is not None:
             own["state"] = self.resumable.state(self.count)
