@@ -599,8 +599,8 @@ def _variables_in_order(model: keras.Model) -> list[keras.Variable]:
     """The variables of the model, layer by layer."""
     found: dict[int, keras.Variable] = {}
     for layer in _layers(model):
-        inner = {id(variable) for child in layer._layers for variable in child.variables}
-        found |= {id(variable): variable for variable in layer.variables if id(variable) not in inner}
+        inner = {id(each) for child in layer._layers for each in child.variables}
+        found |= {id(each): each for each in layer.variables if id(each) not in inner}
     return list(found.values())
 
 
@@ -653,9 +653,8 @@ def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
 def _direction(model: keras.Model, monitor: str) -> str | None:
     """Whether "min" or "max" is better, as Keras infers it from the compiled metrics; None if it cannot."""
     name = monitor.removeprefix("val_")
-    if name == "loss":
-        return "min"
-    return {"up": "max", "down": "min"}.get(str(getattr(_metrics_of(model).get(name), "_direction", None)))
+    direction: Any = getattr(_metrics_of(model).get(name), "_direction", None)
+    return "min" if name == "loss" else {"up": "max", "down": "min"}.get(direction)
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -698,12 +697,12 @@ def _gather(value: Any, name: str | None = None) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     # Not a collective: on CPUs, JAX may run two of them in different orders on different processes.
-    client, process, number = _jax_client(), jax.process_index(), next(_GATHERINGS) if name is None else -1
-    place = f"{__name__}/{number if name is None else name}"  # other copies of this file may be loaded
+    client, process, number = _jax_client(), jax.process_index(), 0 if name else next(_GATHERINGS)
+    place = f"{__name__}/{name or number}"  # other copies of this file may be loaded
     client.key_value_set(f"{place}/{process}", json.dumps(value))
     keys = [f"{place}/{each}" for each in range(jax.process_count())]
     values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
-    if number > 0:
+    if number:
         client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # every process here has read it
     return values
 
