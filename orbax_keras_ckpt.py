@@ -149,15 +149,15 @@ class _Spec(NamedTuple):
     dtype: str
 
 
-class _Position(NamedTuple):
-    """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0.
+_Specs = Mapping[str, Sequence[_Spec]]  # by group, in the model's order
 
-    `batches` is the number of train batches that the run has completed, None if unknown.
-    """
+
+class _Position(NamedTuple):
+    """Position of a checkpoint in the run: `batch` batches into `epoch`, both counted from 0."""
 
     epoch: int
     batch: int = 0
-    batches: int | None = None
+    batches: int | None = None  # that the run has trained on in all; None if unknown
 
 
 _INLINE_BYTES = 2**13  # more are stored outside the JSON
@@ -181,7 +181,7 @@ def _generator(kind: str, state: Any) -> Any:
 
 # What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
 _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
-    **dict.fromkeys((set, frozenset), lambda old: [list(old)]),
+    **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
     **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
     **dict.fromkeys((datetime.datetime, datetime.date, datetime.timedelta), lambda old: old.__reduce__()[1]),
     datetime.timezone: lambda old: [old.utcoffset(None)],
@@ -193,8 +193,7 @@ _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys(_GENERATORS, lambda old: [type(old).__name__, _GENERATORS[type(old)][0](old)]),
 }
 _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of somebody else makes nothing else
-    **{kind.__name__: kind for kind in (tuple, *_ARGUMENTS)},
-    **{kind.__name__: _generator for kind in _GENERATORS},
+    **{kind.__name__: _generator if kind in _GENERATORS else kind for kind in _ARGUMENTS},
     "ndarray": lambda data, dtype, shape: np.frombuffer(data, jax.numpy.dtype(dtype)).reshape(shape).copy(),
     "scalar": lambda array: array[()],
     "jax": jax.numpy.asarray,
@@ -206,48 +205,60 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
 
 def _is_key(value: Any) -> bool:
     """Whether a value is a key of `jax.random`, of the new kind or the old."""
-    if not isinstance(value, jax.Array):
-        return False
-    return jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) or (value.dtype == "uint32" and value.size <= 4)
+    is_new = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return is_new or (isinstance(value, jax.Array) and value.dtype == "uint32" and value.size <= 4)
 
 
-def _pack(value: Any, arrays: list[np.ndarray] | None = None, default: Callable | None = None) -> Any:
-    """`value` as JSON. Large arrays become indices into `arrays`, to which their bytes are appended.
+def _arguments(value: Any) -> tuple[str, Iterable[Any]]:
+    """The name of a maker, and its arguments. TypeError, RuntimeError or LookupError if none makes an equal value."""
+    kind = type(value)
+    if _is_key(value) and value.dtype != "uint32":
+        return "key", [jax.random.key_data(value), str(jax.random.key_impl(value))]
+    if isinstance(value, jax.Array):
+        return "jax", [np.asarray(value)]
+    if isinstance(value, (np.ndarray, np.generic)) and (value.dtype.kind in "OT" or value.dtype.names):
+        raise TypeError("not just numbers or texts")
+    if isinstance(value, np.generic):
+        return "scalar", [np.asarray(value)]
+    if kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values()):
+        raise TypeError("its factory is code")
+    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
+        return "torch", [value.detach().cpu().numpy()]
+    if named := [name for name, each in _NAMED.items() if value is each]:
+        return "name", named
+    return kind.__name__, _ARGUMENTS[kind](value)
+
+
+def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
+    """`value` as JSON, and the large arrays of bytes that it refers to by index.
 
     TypeError if the value would not come back with the same types, unless `default` converts it.
     """
-    if (kind := type(value)) in (bool, int, float, str, type(None)):
-        return value
-    pack = functools.partial(_pack, arrays=arrays, default=default)
-    if kind in (list, tuple):  # tested early: they may be long
-        items = [pack(item) for item in value]
-        return items if kind is list else {"tuple": [items]}
-    if kind is bytes and arrays is not None and len(value) > _INLINE_BYTES:
-        arrays.append(np.frombuffer(value, np.uint8))
-        return {"bytes": len(arrays) - 1}
-    if kind is bytes:
-        return {"bytes": base64.b64encode(value).decode()}
-    if _is_key(value) and value.dtype != "uint32":
-        return {"key": [pack(jax.random.key_data(value)), str(jax.random.key_impl(value))]}
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # parts of other processes
-        if isinstance(value, (np.generic, jax.Array)):
-            return {"jax" if isinstance(value, jax.Array) else "scalar": [pack(np.asarray(value), default=None)]}
-    if "torch" in sys.modules and isinstance(value, sys.modules["torch"].Tensor):
-        return {"torch": [pack(value.detach().cpu().numpy())]}
-    for name, each in _NAMED.items():
-        if value is each:
-            return {"name": [name]}
-    is_odd = kind is np.ndarray and (value.dtype.kind in "OT" or value.dtype.names)  # not just numbers or texts
-    is_code = kind is collections.defaultdict and value.default_factory not in (None, *_NAMED.values())
-    if kind in _ARGUMENTS and not is_odd and not is_code:
-        return {kind.__name__: [pack(argument) for argument in _ARGUMENTS[kind](value)]}
-    if default is not None:
-        return pack(default(value), default=None)
-    raise TypeError(f"a {kind.__name__} cannot be saved")
+    arrays: list[np.ndarray] = []
+
+    def pack(value: Any) -> Any:
+        if (kind := type(value)) in (bool, int, float, str, type(None)):
+            return value
+        if kind is list:
+            return [pack(item) for item in value]
+        if kind is bytes and len(value) <= _INLINE_BYTES:
+            return {"bytes": base64.b64encode(value).decode()}
+        if kind is bytes:
+            arrays.append(np.frombuffer(value, np.uint8))
+            return {"bytes": len(arrays) - 1}
+        try:
+            name, arguments = _arguments(value)
+        except (TypeError, RuntimeError, LookupError) as error:  # also an array that is deleted or of other processes
+            if default is None:
+                raise TypeError(f"a {kind.__name__} cannot be saved") from error
+            return pack(default(value))
+        return {name: [pack(argument) for argument in arguments]}
+
+    return pack(value), arrays
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `_pack`. LookupError or ValueError for what `_pack` does not make."""
+    """The inverse of `_packed`. LookupError or ValueError for what that does not make."""
     if isinstance(value, list):
         return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
@@ -256,12 +267,6 @@ def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
     if kind == "bytes":
         return base64.b64decode(content) if isinstance(content, str) else arrays[content].tobytes()
     return _MAKERS[kind](*_unpack(content, arrays))
-
-
-def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.ndarray]]:
-    """`value` as JSON, and the large arrays to which that refers."""
-    arrays: list[np.ndarray] = []
-    return _pack(value, arrays, default), arrays
 
 
 def _copied(value: Any, default: Callable | None = None) -> Any:
@@ -279,7 +284,7 @@ class _Record:
 
     save: str  # the id of this save, also stored with each of its arrays
     position: _Position
-    variables: dict[str, list[_Spec]]  # in the model's order: Orbax returns sorted dicts
+    variables: _Specs  # in the model's order: Orbax returns sorted dicts
     metrics: dict[str, float]
     monitor: list[str] | None  # what decides which checkpoint is best, and "min" or "max"
     model: dict[str, Any]
@@ -299,8 +304,7 @@ class _Record:
         return len(self.run or [None])
 
     def to_metadata(self) -> dict[str, Any]:
-        fields = {"format": _FORMAT, **vars(self), "position": self.position._asdict()}
-        fields = json.loads(json.dumps(fields))
+        fields = json.loads(json.dumps({"format": _FORMAT, **vars(self), "position": self.position._asdict()}))
         return {_RECORD_KEY: {**fields, "crc32": _checksum(fields)}}
 
     @classmethod
@@ -318,17 +322,14 @@ class _Record:
                 f"format {_FORMAT}. Use the version that wrote the checkpoint, or a newer one."
             )
         fields["position"] = _Position(**fields["position"])
-        fields["variables"] = {
-            group: [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
-            for group, specs in fields["variables"].items()
-        }
+        for group, specs in fields["variables"].items():
+            fields["variables"][group] = [_Spec(path, tuple(shape), dtype) for path, shape, dtype in specs]
         return cls(**fields)
 
 
 # ----------------------------------------------------------------------------------------------- seams
-# Every private or version-dependent use of Keras, Orbax and JAX. Each works the same in all tested versions, unless the
-# function says since when. If one is gone, creating a manager fails and the error names it; what exists only inside a
-# running `fit` is checked when `fit` starts, before anything is trained.
+# Every private or version-dependent use of Keras, Orbax and JAX. If one is gone, creating a manager fails and names it;
+# what exists only inside a running `fit` is checked when `fit` starts, before anything is trained.
 
 _TESTED = "Keras 3.10 to 3.15, JAX 0.7 to 0.12 and Orbax 0.11.20 to 0.12.8"
 _SEAMS = {
@@ -348,13 +349,12 @@ _SEAMS = {
 
 
 def _check_seams(model: keras.Model) -> None:
-    missing = []
+    missing = [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
     for seam in _SEAMS:
         try:
             pkgutil.resolve_name(seam)
         except (ImportError, AttributeError):
             missing.append(seam.replace(":", "."))
-    missing += [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
     if missing:
         raise _untested(f"{', '.join(missing)} is gone")
 
@@ -377,31 +377,35 @@ class _Fit(NamedTuple):
     epochs: int
 
 
-def _locals(frame: types.FrameType) -> dict[str, Any]:
-    """The local variables of a running function; empty for a module."""
-    if not frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+def _locals_of_fit(frame: Any) -> dict[str, Any]:
+    """The local variables of the frame if it is one of Keras's `fit`; else none. The frame keeps no copy of them."""
+    if not {"epoch_iterator", "training_finished"}.issubset(frame.f_code.co_varnames):
         return {}
     names = dict(frame.f_locals)
-    if isinstance(frame.f_locals, dict):  # before Python 3.13, a copy that the frame would keep, and old states with it
+    if isinstance(frame.f_locals, dict):  # before Python 3.13, a copy that would hold old states
         frame.f_locals.clear()
     return names
 
 
+def _running_fit() -> dict[str, Any]:
+    """The local variables of the innermost `fit` that is running; empty if there is none."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if names := _locals_of_fit(frame):
+            return names
+        frame = frame.f_back
+    return {}
+
+
 def _fit_around(callback: keras.callbacks.Callback) -> _Fit:
     """The `fit` that is calling the `on_train_begin` of a callback."""
-    # Keras passes a callback neither the other callbacks nor the data. No frame is kept.
-    frame: Any = sys._getframe(1)
-    while frame is not None and not isinstance(_locals(frame).get("self"), keras.callbacks.CallbackList):
-        frame = frame.f_back
-    callbacks: Any = frame and _locals(frame)["self"]
-    names = _locals(frame.f_back) if frame else {}
-    iterator = names.get("epoch_iterator")
+    names = _running_fit()  # Keras passes a callback neither the other callbacks nor the data
     touched = ("_enumerate_iterator", "_current_iterator", "_steps_seen", "steps_per_epoch", "num_batches")
-    if "training_finished" not in names or not all(hasattr(iterator, name) for name in touched):
+    if not all(hasattr(names.get("epoch_iterator"), name) for name in touched):
         raise _untested("This callback works inside the fit() of keras.Model, which is overridden here, or has changed")
-    if callback not in callbacks.callbacks:
+    if callback not in names["callbacks"].callbacks:
         raise ValueError("Pass this callback to fit(callbacks=[...]) itself, not to another callback.")
-    return _Fit(callbacks, iterator, names["x"], names.get("val_x"), names["epochs"])
+    return _Fit(names["callbacks"], names["epoch_iterator"], names["x"], names.get("val_x"), names["epochs"])
 
 
 def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callable, ended: Callable) -> None:
@@ -415,21 +419,17 @@ def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callab
     sync, iterator, handled = model.jax_state_sync, fit.epoch_iterator, sys.exc_info()[1]
 
     def jax_state_sync() -> None:
-        names = _locals(sys._getframe(1))
-        is_called_by_fit = names.get("epoch_iterator") is iterator and "training_finished" in names
+        names = _locals_of_fit(sys._getframe(1))
+        if names.get("epoch_iterator") is not iterator:
+            return sync()
         try:
             sync()
         except BaseException:
-            if is_called_by_fit:
-                ended(False)
+            ended(False)
             raise
-        if is_called_by_fit:
-            if names["training_finished"]:
-                ended(True)
-            elif sys.exc_info()[1] is not handled:
-                ended(False)
-            else:
-                trained()
+        if names["training_finished"] or sys.exc_info()[1] is not handled:
+            return ended(names["training_finished"])
+        return trained()
 
     vars(model)["jax_state_sync"] = jax_state_sync
 
@@ -439,29 +439,15 @@ def _unwatch_fit(model: keras.Model) -> None:
     model._initial_epoch = None
 
 
-class _FirstEpoch(int):
-    """The epoch at which a `fit` starts, forgotten once Keras has asked for it: a callback may call `fit` again."""
-
-    model: keras.Model
-
-    def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
-        self.model._initial_epoch = None
-        return True
-
-
 def _start_at_epoch(model: keras.Model, epoch: int) -> None:
-    """Makes the `fit` that is about to loop start at `epoch`."""
-    # Keras has no public way for a callback to do that.
-    model._initial_epoch = first = _FirstEpoch(epoch)
-    first.model = model
+    """Makes the `fit` that is about to loop start at `epoch`. Keras has no public way for a callback to do that."""
 
+    class FirstEpoch(int):
+        def __bool__(self) -> bool:  # fit takes `self._initial_epoch or initial_epoch`, and never resets it
+            model._initial_epoch = None  # a callback may call fit again
+            return True
 
-def _last_logs(fit: _Fit) -> Any:
-    """The logs that the last train step of a running `fit` returned; None before the first."""
-    frame: Any = sys._getframe(1)
-    while (names := _locals(frame)).get("epoch_iterator") is not fit.epoch_iterator:
-        frame = frame.f_back
-    return names.get("logs")
+    model._initial_epoch = FirstEpoch(epoch)
 
 
 def _goes_on(fit: _Fit, iterator: Iterator) -> bool:
@@ -474,23 +460,18 @@ def _count_as_seen(fit: _Fit, batches: int) -> None:
     fit.epoch_iterator._steps_seen += batches
 
 
-def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
-    """Makes the next step of `fit` return `logs`, change nothing and call no callbacks. Returns the undo."""
+@contextlib.contextmanager
+def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Iterator[None]:
+    """Makes a step of `fit` return `logs`, change nothing and call no callbacks."""
     # If only the validation of an epoch is left, fit still needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
-
-    def step(state: tuple, iterator: Iterator) -> tuple:
-        return logs, state
-
-    def undo(*args: Any, **kwargs: Any) -> None:
-        if model.train_function is step:
-            model.train_function = train_function
-        for name in ("on_train_batch_begin", "on_train_batch_end"):
-            vars(callbacks).pop(name, None)
-
-    model.train_function = step
-    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, undo
-    return undo
+    model.train_function = lambda state, iterator: (logs, state)
+    callbacks.on_train_batch_begin = callbacks.on_train_batch_end = lambda batch, logs=None: None
+    try:
+        yield
+    finally:
+        model.train_function = train_function
+        del callbacks.on_train_batch_begin, callbacks.on_train_batch_end
 
 
 def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
@@ -514,13 +495,12 @@ def _is_bucket(directory: epath.PathLike) -> bool:
     return str(directory).startswith("gs://")
 
 
-def _uncached(bucket: epath.Path) -> epath.Path:
+def _uncached(bucket: epath.Path) -> None:
     """Disables gcsfs's listing cache: TensorStore and other processes write behind its back."""
     if hasattr(bucket._backend, "fs"):  # if TensorFlow is installed, etils uses it instead of gcsfs
         files = bucket._backend.fs(bucket)
         files.dircache.use_listings_cache = False
         files.invalidate_cache()
-    return bucket
 
 
 def _move(path: epath.Path, target: epath.Path) -> None:
@@ -534,12 +514,9 @@ def _move(path: epath.Path, target: epath.Path) -> None:
 
 
 class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush.
+    """The temporary folder of a step, renamed only once all of it is flushed to disk; Orbax does not flush."""
 
-    Another process may, by mistake, be saving the same step: each save has a folder of its own.
-    """
-
-    save = ""  # the id of the save that is about to begin
+    save = ""  # the id of the save that is about to begin: by mistake, another process may be saving the same step
 
     @classmethod
     def from_final(cls, final_path: epath.Path, **options: Any) -> "_FlushedPath":
@@ -551,9 +528,7 @@ class _FlushedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         if self._checkpoint_metadata_store is None:  # an item inside a step
             return super().finalize()
         final: Any = self._final_path
-        temporary: Any = self._tmp_path
-        self._final_path: Any = temporary.parent / f"{temporary.name}-written"
-        self._final_path.rmtree(missing_ok=True)  # of a save that was killed
+        self._final_path: Any = final.parent / f"{self.get().name}-written"
         done = super().finalize()  # a coroutine since Orbax 0.11.2x
         return self._name_later(done, final) if inspect.isawaitable(done) else self._name(final)
 
@@ -624,39 +599,45 @@ def _variables_in_order(model: keras.Model) -> list[keras.Variable]:
     """The variables of the model, layer by layer."""
     found: dict[int, keras.Variable] = {}
     for layer in _layers(model):
-        inner = {id(variable) for child in layer._layers for variable in child.variables}
-        found |= {id(variable): variable for variable in layer.variables if id(variable) not in inner}
+        inner = {id(each) for child in layer._layers for each in child.variables}
+        found |= {id(each): each for each in layer.variables if id(each) not in inner}
     return list(found.values())
 
 
-def _automatic_name(cls: type) -> str:
-    """The name that Keras gives an object of a class, without the number."""
-    from keras.src.utils import naming
+def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
+    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
+    stem, _, number = name.rpartition("_") if re.search(r"_\d+$", name) else (name, "", "0")
+    return (stem, int(number)) if stem in automatic else (name, 0)
 
-    return naming.to_snake_case(cls.__name__)
+
+def _automatic_names(model: keras.Model) -> set[str]:
+    """The names that Keras has made up for a model's parts, without their numbers."""
+    optimizer = getattr(model, "optimizer", None)
+    members = [each for layer in _layers(model) for each in (layer, *layer._layers)]  # also those that were replaced
+    members += filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])
+    found = {"seed_generator", "variable"}
+    for member in members:
+        stem = keras.src.utils.naming.to_snake_case(type(member).__name__)
+        stems = {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
+        found |= stems & {_split(member.name, stems)[0]}
+    return found
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator behind `keras.random` calls without a seed; None before its first use."""
-    from keras.src.backend.common import global_state
-
-    return global_state.get_global_attribute("global_seed_generator")
+    return keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
 
 
 def _set_global_seed_generator(generator: keras.random.SeedGenerator | None) -> None:
     """With None, Keras draws a new one from Python's `random` when it next needs it."""
-    from keras.src.backend.common import global_state
-
-    global_state.set_global_attribute("global_seed_generator", generator)
+    keras.src.backend.common.global_state.set_global_attribute("global_seed_generator", generator)
 
 
 @contextlib.contextmanager
 def _serialization(custom_objects: Mapping[str, Any] | None = None, safe_mode: bool = True) -> Iterator[None]:
     """A context in which Keras serializes as for its own files: an object that several layers share, only once."""
-    from keras.src.saving import serialization_lib
-
-    names = keras.saving.custom_object_scope(custom_objects or {})
-    with serialization_lib.ObjectSharingScope(), serialization_lib.SafeModeScope(safe_mode), names:
+    library, names = keras.src.saving.serialization_lib, keras.saving.custom_object_scope(custom_objects or {})
+    with library.ObjectSharingScope(), library.SafeModeScope(safe_mode), names:
         yield
 
 
@@ -672,9 +653,8 @@ def _metrics_of(model: keras.Model) -> dict[str, keras.metrics.Metric]:
 def _direction(model: keras.Model, monitor: str) -> str | None:
     """Whether "min" or "max" is better, as Keras infers it from the compiled metrics; None if it cannot."""
     name = monitor.removeprefix("val_")
-    if name == "loss":
-        return "min"
-    return {"up": "max", "down": "min"}.get(str(getattr(_metrics_of(model).get(name), "_direction", None)))
+    direction: Any = getattr(_metrics_of(model).get(name), "_direction", None)
+    return "min" if name == "loss" else {"up": "max", "down": "min"}.get(direction)
 
 
 def _sharding_file(shardings: Mapping[str, jax.sharding.Sharding]) -> str:
@@ -717,12 +697,12 @@ def _gather(value: Any, name: str | None = None) -> list[Any]:
     if jax.process_count() == 1:
         return [value]
     # Not a collective: on CPUs, JAX may run two of them in different orders on different processes.
-    client, process, number = _jax_client(), jax.process_index(), next(_GATHERINGS) if name is None else -1
-    place = f"{__name__}/{number if name is None else name}"  # other copies of this file may be loaded
+    client, process, number = _jax_client(), jax.process_index(), 0 if name else next(_GATHERINGS)
+    place = f"{__name__}/{name or number}"  # other copies of this file may be loaded
     client.key_value_set(f"{place}/{process}", json.dumps(value))
     keys = [f"{place}/{each}" for each in range(jax.process_count())]
     values = [json.loads(client.blocking_key_value_get(key, _PATIENCE_MS)) for key in keys]
-    if number > 0:
+    if number:
         client.key_value_delete(f"{__name__}/{number - 1}/{process}")  # every process here has read it
     return values
 
@@ -771,49 +751,35 @@ class _Meetings:
 
 
 def _warn(message: str) -> None:
-    """Warns, on process 0 only, and points at the line of user code that led here."""
-    others = (_warn.__code__.co_filename, *(os.path.dirname(str(each.__file__)) for each in (keras, ocp)))
-    frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
-        frame, level = frame.f_back, level + 1
+    """Warns, on process 0 only."""
     if jax.process_index() == 0:
-        warnings.warn(message, stacklevel=level)
+        warnings.warn(message, stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------- variables
 
-_NUMBER = re.compile(r"_(\d+)$")
 _nest = functools.partial(ocp.tree.from_flat_dict, sep="/")  # {"a/b": 1} as {"a": {"b": 1}}
-
-
 _Variables = dict[str, dict[str, keras.Variable]]  # by group and path
+_State = dict[str, dict[str, jax.Array]]  # their values
 
 
 def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False) -> _Variables:
     """The model's variables, in its order. ValueError if it is not ready or paths are not unique."""
     if not model.built:
-        raise ValueError(
-            f"The model {model.name!r} has no variables yet. Call it on a batch of data, or model.build(), first."
-        )
-    members = {name: list(getattr(model, name)) for name in _WEIGHTS}
+        raise ValueError(f"The model {model.name!r} has no variables yet. Call it on a batch of data first.")
+    found: _Variables = {group: {each.path: each for each in getattr(model, group)} for group in _WEIGHTS}
+    _check_paths([each.path for group in _WEIGHTS for each in getattr(model, group)])
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
-            raise ValueError(
-                f"The model {model.name!r} is not compiled. Call model.compile() first; only "
-                "restore_state(weights_only=True) works without."
-            )
+            raise ValueError(f"The model {model.name!r} is not compiled. Only weights_only=True works without.")
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        members[_GROUPS[2]] = list(model.optimizer.variables)
-    paths = {name: [variable.path for variable in variables] for name, variables in members.items()}
-    _check_paths(paths[_WEIGHTS[0]] + paths[_WEIGHTS[1]])
-    if optimizer:
-        paths[_GROUPS[2]] = _distinct(paths[_GROUPS[2]])
-        _check_paths(paths[_GROUPS[2]])
-    groups = {name: dict(zip(paths[name], variables)) for name, variables in members.items()}
+        paths = _distinct([each.path for each in model.optimizer.variables])
+        _check_paths(paths)
+        found[_GROUPS[2]] = dict(zip(paths, model.optimizer.variables))
     if metrics:  # numbered: their paths need not be unique, and they do not outlive their epoch
-        groups[_GROUPS[3]] = {f"{i:04}": variable for i, variable in enumerate(model.metrics_variables)}
-    return groups
+        found[_GROUPS[3]] = {f"{number:04}": each for number, each in enumerate(model.metrics_variables)}
+    return found
 
 
 def _distinct(paths: list[str]) -> list[str]:
@@ -830,9 +796,8 @@ def _check_paths(paths: list[str]) -> None:
     for path in paths:
         if names[path.replace("/", ".")] > 1 or path in folders:
             raise ValueError(
-                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/': a "
-                "checkpoint could not tell them apart. Give them or their layers different names: by name=..., or by "
-                "clone_function=... of keras.models.clone_model."
+                f"Two of the model's variables have the path {path!r}, or one that differs only in '.' and '/'. Give "
+                "them or their layers different names: by name=..., or by clone_function=... of clone_model."
             )
 
 
@@ -840,22 +805,24 @@ def _values(variables: Iterable[Iterable[keras.Variable]]) -> tuple[list[jax.Arr
     return tuple([variable.value for variable in members] for members in variables)
 
 
-def _specs(
-    variables: Mapping[str, Mapping[str, keras.Variable]], values: Iterable[list[jax.Array]]
-) -> dict[str, list[_Spec]]:
+def _state(variables: _Variables, values: Iterable[Iterable[jax.Array]] | None = None) -> _State:
+    """The values of variables; `values` are other ones in the same order."""
+    values = values or _values(members.values() for members in variables.values())
+    return {group: dict(zip(members, leaves)) for (group, members), leaves in zip(variables.items(), values)}
+
+
+def _specs(state: _State) -> _Specs:
     # A variable may claim float64 while JAX uses 32 bits, so the dtype is taken from its value.
     return {
-        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in zip(members, leaves)]
-        for (group, members), leaves in zip(variables.items(), values)
+        group: [_Spec(path, tuple(value.shape), value.dtype.name) for path, value in members.items()]
+        for group, members in state.items()
     }
 
 
-def _tree(variables: Mapping[str, Iterable[str]], values: Iterable[list[jax.Array]]) -> dict[str, Any]:
-    """The state tree with these values, less empty arrays, which Orbax refuses; the record lists those too."""
-    return {
-        group: _nest({path: value for path, value in zip(paths, leaves) if value.size})
-        for (group, paths), leaves in zip(variables.items(), values)
-    }
+def _tree(state: _State) -> dict[str, Any]:
+    """The state tree, less empty arrays, which Orbax refuses; the record lists those too."""
+    sized = {group: {path: value for path, value in members.items() if value.size} for group, members in state.items()}
+    return {group: _nest(members) for group, members in sized.items()}
 
 
 def _array_name(group: str, path: str) -> str:
@@ -863,28 +830,10 @@ def _array_name(group: str, path: str) -> str:
     return f"{group}/{path}".replace("/", ".")
 
 
-def _arrays_of(variables: Mapping[str, list[_Spec]]) -> dict[str, _Spec]:
+def _arrays_of(variables: _Specs) -> dict[str, _Spec]:
     """The arrays on disk, by name."""
     named = {_array_name(group, spec.path): spec for group, members in variables.items() for spec in members}
     return {name: spec for name, spec in named.items() if math.prod(spec.shape)}
-
-
-def _automatic_names(model: keras.Model) -> set[str]:
-    """The automatic names of a model's parts, without their numbers."""
-    optimizer = getattr(model, "optimizer", None)
-    layers = [each for layer in _layers(model) for each in (layer, *layer._layers)]  # also those that were replaced
-    members = [*layers, *filter(None, [optimizer, getattr(optimizer, "inner_optimizer", None)])]
-    stems = {"seed_generator", "variable"}
-    for member in members:
-        stem, name = _automatic_name(type(member)), _NUMBER.sub("", member.name)
-        stems |= {name} & {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
-    return stems
-
-
-def _split(name: str, automatic: Iterable[str]) -> tuple[str, int]:
-    """A name without the number that Keras gave it, and that number; any other name as it is, and 0."""
-    stem, number = _NUMBER.sub("", name), _NUMBER.search(name)
-    return (stem, int(number[1]) if number else 0) if stem in automatic else (name, 0)
 
 
 def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: bool) -> Iterator[tuple[Any, Any]]:
@@ -894,35 +843,32 @@ def _pair(live: Mapping, saved: Mapping, automatic: Iterable[str], is_ordered: b
     numbers. If this changes the order in which they come (only looked at with `is_ordered`), or if one tree has more
     of them, the user has given some of the numbers, or the models differ: then they are paired by name alone.
     """
-    families: dict[Any, tuple[list[str], list[str]]] = collections.defaultdict(lambda: ([], []))
+    families: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = collections.defaultdict(lambda: ({}, {}))
     for side, tree in enumerate((live, saved)):
         for name, child in tree.items():
-            families[isinstance(child, dict), _split(name, automatic)[0]][side].append(name)
+            families[isinstance(child, dict), _split(name, automatic)[0]][side][name] = child
     for (is_folder, _), (here, there) in families.items():
         by_number = (sorted(names, key=lambda name: (_split(name, automatic)[1], name)) for names in (here, there))
         pairs: list[tuple[Any, Any]] = list(zip(*by_number))
-        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != there):
-            both = dict.fromkeys(here + there)
-            pairs = [(name if name in here else None, name if name in there else None) for name in both]
+        if len(here) != len(there) or (is_ordered and [*map(dict(pairs).get, here)] != [*there]):
+            pairs = [(name, name) for name in here | there]
         for one, other in pairs:
             if is_folder:
-                yield from _pair(live.get(one, {}), saved.get(other, {}), automatic, is_ordered)
+                yield from _pair(here.get(one, {}), there.get(other, {}), automatic, is_ordered)
             else:
-                yield live.get(one), saved.get(other)
+                yield here.get(one), there.get(other)
 
 
-def _pair_variables(
-    live: Mapping[str, list[_Spec]], saved: Mapping[str, list[_Spec]], automatic: Iterable[str], is_ordered: bool
-) -> list[tuple[Any, Any]]:
+def _pair_variables(live: _Specs, saved: _Specs, automatic: set[str], is_ordered: bool) -> list[tuple[Any, Any]]:
     """Pairs of live and saved variables, each as (group, spec); None for a variable without a counterpart.
 
     A weight may have changed its group, if its layer was frozen or unfrozen in between.
     """
 
-    def tree(specs: Mapping[str, list[_Spec]], groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
+    def tree(specs: _Specs, groups: Iterable[str], name: Callable[[str], str] = str) -> Any:
         named: dict[str, Any] = {}
         for group in groups:
-            for spec in specs.get(group, []):
+            for spec in specs.get(group, ()):
                 path = name(spec.path)
                 named[f"/{spec.path}" if path in named else path] = group, spec
         return _nest(named)
@@ -984,33 +930,29 @@ class _Source(NamedTuple):
 
 
 def _compare(
-    variables: Mapping[str, Mapping[str, keras.Variable]],
-    saved: Mapping[str, list[_Spec]],
-    strict: bool,
-    automatic: Iterable[str],
-    is_ordered: bool,
+    model: keras.Model, variables: _Variables, saved: _Specs, strict: bool, is_ordered: bool
 ) -> tuple[list[_Source], list[str]]:
     """What to restore from where, and every difference in words; a dtype counts as one only if `strict`.
 
-    `is_ordered` says that the saved variables come in their model's order.
+    `variables` belong to the model. `is_ordered` says that the saved ones come in their model's order.
     """
-    live = _specs(variables, _values(members.values() for members in variables.values()))
-    saved = {group: saved.get(group, []) for group in variables}
     sources: list[_Source] = []
     differences: list[str] = []
-    for one, other in _pair_variables(live, saved, automatic, is_ordered):
-        group, spec = one or other
-        difference = f"{group}: {(other or one)[1].path!r} "
+    saved = {group: saved.get(group, []) for group in variables}
+    for one, other in _pair_variables(_specs(_state(variables)), saved, _automatic_names(model), is_ordered):
+        (group, spec), (saved_group, was) = one or other, other or one
         if other is None:
-            differences.append(f"{difference}is in the model but not in the checkpoint")
+            what = "is in the model but not in the checkpoint"
         elif one is None:
-            differences.append(f"{difference}is in the checkpoint but not in the model")
-        elif other[1].shape != spec.shape:
-            differences.append(f"{difference}was saved as {other[1].shape}, the model has {spec.shape}")
-        elif strict and other[1].dtype != spec.dtype:
-            differences.append(f"{difference}was saved as {other[1].dtype}, the model has {spec.dtype}")
+            what = "is in the checkpoint but not in the model"
+        elif was.shape != spec.shape:
+            what = f"was saved as {was.shape}, the model has {spec.shape}"
+        elif strict and was.dtype != spec.dtype:
+            what = f"was saved as {was.dtype}, the model has {spec.dtype}"
         else:
-            sources.append(_Source(_array_name(other[0], other[1].path), variables[group][spec.path], other[1]))
+            sources.append(_Source(_array_name(saved_group, was.path), variables[group][spec.path], was))
+            continue
+        differences.append(f"{group}: {was.path!r} {what}")
     # Weights first: differences in the optimizer mostly follow from theirs.
     return sources, sorted(differences, key=lambda line: _GROUPS.index(line.partition(":")[0]))
 
@@ -1332,6 +1274,7 @@ class _Dataset(_Stateful):
 # Sizes tuned on two cores. Chunks are read in parallel, files are written in parallel.
 _CHUNK_BYTES = 8 * 2**20
 _FILE_BYTES = 32 * 2**20
+_WRITING_BYTES = 16 * _FILE_BYTES  # handed to TensorStore and not yet on disk: a slow disk must not fill the memory
 _READERS = 4  # arrays at a time
 _WRITING = {
     "target_data_file_size": _FILE_BYTES,
@@ -1392,11 +1335,18 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
         base = directory / f"ocdbt.process_{process}" if jax.process_count() > 1 else directory
         places = [spec | {"kvstore": _kvstore(base, name) | _WRITING} for name, spec in specs.items()]
         stores = [ts.open(spec, create=True, open=True, context=info.ts_context) for spec in places]
-        writing = []
+        writing: collections.deque[tuple[int, Any]] = collections.deque()
+        free = _WRITING_BYTES
         for store, shards in zip(stores, parts):
-            array = store.result()
-            writing += [array[i].write(part, can_reference_source_data_indefinitely=True) for i, part in shards]
-        for write in writing:
+            for index, values in shards:
+                while writing and free < values.nbytes:
+                    size, write = writing.popleft()
+                    write.result()
+                    free += size
+                write = store.result()[index].write(values, can_reference_source_data_indefinitely=True)
+                writing.append((values.nbytes, write))
+                free -= values.nbytes
+        for _, write in writing:
             write.result()
         if process == 0:
             (directory / "_sharding").write_text(_sharding_file(shardings))
@@ -1671,7 +1621,7 @@ def _array_folder(path: epath.Path) -> epath.Path:
     return path / ("pytree" if (path / "pytree").exists() else "default")
 
 
-def _saved_variables(path: epath.Path, record: _Record | None) -> dict[str, list[_Spec]]:
+def _saved_variables(path: epath.Path, record: _Record | None) -> _Specs:
     """The variables in a step; if another tool wrote it, those that its arrays are named after."""
     if record:
         return record.variables
@@ -1807,8 +1757,7 @@ class _Restore:
             with _reading(step, path):
                 saved = _saved_variables(path, record)
             model, variables, problems = self.target_of(step, record, path)
-            automatic, is_ordered = _automatic_names(model), record is not None
-            sources, differences = _compare(variables, saved, self.strict, automatic, is_ordered)
+            sources, differences = _compare(model, variables, saved, self.strict, record is not None)
             with _reading(step, path):
                 differences += _other_assets(model, path, record)
             if problems or (differences and self.strict):
@@ -1844,12 +1793,14 @@ class _Restore:
         """Warns of damaged steps, and sets them aside if asked to; nothing is deleted."""
         if not damaged:
             return
-        names = []
+        names, aside = [], ""
         with _agreed():
             for path in damaged if self.sets_aside and jax.process_index() == 0 else ():
-                if path.exists():  # another run's retention may have deleted it in the meantime
+                try:
                     names.append(_set_aside(path, ".damaged"))
-        aside = f" They are set aside as {', '.join(names)}." if names else ""
+                except OSError as error:  # deleted meanwhile, or another user's
+                    aside += f" {path.name} cannot be renamed: {error.strerror}."
+        aside += f" They are set aside as {', '.join(names)}." if names else ""
         reasons = _listing([str(error) for error in damaged.values()])
         _warn(f"Step {intact} is restored, because newer ones are damaged.{aside}\n{reasons}")
 
@@ -2387,7 +2338,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _start_run(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
-        self._check_is_distributed(_values(members.values() for members in _variables(self._model).values()))
+        self._check_is_distributed(_state(_variables(self._model)))
         self._describe()
         self._monitored()
 
@@ -2450,10 +2401,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs.
         """
         with _LOCK:
-            variables = _variables(self._model, metrics=values is not None)
-            if values is None:
-                values = _values(members.values() for members in variables.values())
-            self._check_is_distributed(values)
+            state = _state(_variables(self._model, metrics=values is not None), values)
+            self._check_is_distributed(state)
             _wait_for_saves(self.directory, besides=self)
             self._make_room(step)
             if not force and not self.should_save(step):
@@ -2461,11 +2410,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self.wait_until_finished()
             self.reload()
             where, items = self._own_of(own)
-            items["default"] = _tree(variables, values)
+            items["default"] = _tree(state)
             record = _Record(
                 save=_gather(uuid.uuid4().hex)[0],
                 position=position,
-                variables=_specs(variables, values),
+                variables=_specs(state),
                 metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
                 monitor=self._monitored(),
                 model=self._description[0],
@@ -2641,9 +2590,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._is_writing = False
         self._meetings.give_up(error)
 
-    def _check_is_distributed(self, values: Iterable[list[jax.Array]]) -> None:
+    def _check_is_distributed(self, state: _State) -> None:
         """Raises if each process has variables of its own: they would overwrite each other's arrays."""
-        if jax.process_count() > 1 and any(value.is_fully_addressable for value in itertools.chain(*values)):
+        if jax.process_count() > 1 and any(value.is_fully_addressable for value in jax.tree.leaves(state)):
             raise ValueError(
                 f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
                 "are not distributed. Call keras.distribution.set_distribution() before the model is built."
@@ -2924,8 +2873,7 @@ class _Run(keras.callbacks.Callback):
         if is_other and self._model.optimizer is self.aborted:
             _warn("The model's optimizer was trained in a fit that was aborted, and keeps that state. Compile it anew.")
         if record is not None and start[:2] > (self.fit.epochs, 0):
-            live, names = _variables(self._model), _automatic_names(self._model)
-            _, differences = _compare(live, record.variables, True, names, True)
+            _, differences = _compare(self._model, _variables(self._model), record.variables, True, True)
             is_other |= any(line.startswith(_GROUPS[2]) for line in differences)
         variables = _variables(self._model, not is_other, record is not None and _GROUPS[3] in record.variables)
         return self._model, variables, list(self._differences(step, record))
@@ -3103,8 +3051,8 @@ class _Run(keras.callbacks.Callback):
                 variable.assign(value)
         self._put_back(self.restored.own)
         if self.start.batch:  # fit needs logs, if only validation is left
-            self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
-            yield (*place, self.reader)
+            with _let_pass(self._model, self.fit, self.restored.own["logs"]):
+                yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 
@@ -3195,7 +3143,7 @@ class _Run(keras.callbacks.Callback):
             "members": states,
             "averages": _are_averages_in(self.fit),
             "history": _copied({n: vars(each).get(n) for each in self.histories for n in ("epoch", "history")}, repr),
-            "logs": None if is_epoch_end else _copied(_last_logs(self.fit), repr),
+            "logs": None if is_epoch_end else _copied(_running_fit().get("logs"), repr),
         }
         if self.resumable is not None:
             own["state"] = self.resumable.state(self.count)

