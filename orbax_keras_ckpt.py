@@ -599,6 +599,7 @@ class _Hooked(ocp.CheckpointManager):
             super()._wait_for_checkpointers()
 
 
+@functools.cache
 def _before_threads_stop(function: Callable[[], None]) -> None:
     """Calls a function when the script ends, before Python stops the thread pools that a commit needs."""
     vars(threading)["_register_atexit"](function)  # atexit would run too late
@@ -2145,8 +2146,8 @@ def _check_arguments(
     _check_keywords(KerasOrbaxCheckpointManager, options)
     for name in options.keys() & {"save_interval_steps", "keep_period", "step_format_fixed_length"}:
         _check(name, options[name], _is_count(options[name]), "a number, 1 or more")
-    prefix, best_fn = options.get("step_prefix", ""), options.get("best_fn", len)
-    _check("step_prefix", prefix, isinstance(prefix, str) and "/" not in prefix, "a name without '/'")
+    prefix, best_fn = options.get("step_prefix", "step"), options.get("best_fn", len)
+    _check("step_prefix", prefix, isinstance(prefix, str) and re.fullmatch("[^/]+", prefix), "a name without '/'")
     _check("best_fn", best_fn, callable(best_fn), "a function of the metrics")
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
@@ -2164,17 +2165,15 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
     return epath.Path(path)
 
 
-def _usable_directory(
-    checkpoint_dir: str | os.PathLike, is_read_only: bool = True, creates: bool = False
-) -> epath.Path:
-    """The path of a directory that can be read and, unless `is_read_only`, written to."""
+def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, creates: bool = False) -> epath.Path:
+    """The path of a directory that can be read and, if asked for, written to."""
     directory = _directory_at(checkpoint_dir)
     advice = "Choose another directory, or, to restore only, a manager with read_only=True"
     try:
         if _is_bucket(directory):
             advice = "Install gcsfs; check credentials and the permission to list, read, write and delete objects there"
             _uncached(directory)
-        if is_read_only:
+        if not writes:
             _entries(directory)
         elif _is_bucket(directory):  # by gcsfs, which Orbax uses, and by TensorStore
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
@@ -2186,11 +2185,11 @@ def _usable_directory(
             with tempfile.TemporaryFile(dir=directory):
                 pass
     except Exception as error:  # in a bucket, from any of the libraries involved
-        if is_read_only and isinstance(error, FileNotFoundError):
+        if not writes and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(_nothing_in(directory)) from None
-        number = getattr(error, "errno", None) or errno.EIO
-        raise OSError(number, f"checkpoint_dir={str(directory)!r} cannot be used ({error!r}). {advice}") from error
-    is_free = is_read_only or not _is_committed(directory)
+        problem = f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({error!r})"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"{problem}. {advice}") from error
+    is_free = not writes or not _is_committed(directory)
     _check("checkpoint_dir", str(directory), is_free, "another directory: this is itself a step, and goes with it")
     return directory
 
@@ -2225,18 +2224,13 @@ def _wait_for_saves() -> None:
             manager._failure = error
 
 
-@functools.cache
-def _finish_before_exit() -> None:
-    """Finishes saves that are still in progress when the script ends."""
-
-    def finish() -> None:
-        for manager in list(_SAVING):
-            try:
-                manager.wait_until_finished()
-            except Exception as error:  # there is no caller left to raise to
-                sys.excepthook(type(error), error, error.__traceback__)
-
-    _before_threads_stop(finish)
+def _finish_saves() -> None:
+    """Waits for all saves when the script ends, and prints their errors: there is no caller left to raise to."""
+    for manager in list(_SAVING):
+        try:
+            manager.wait_until_finished()
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)
 
 
 class KerasOrbaxCheckpointManager(_Hooked):
@@ -2290,12 +2284,13 @@ class KerasOrbaxCheckpointManager(_Hooked):
         number = None if "preservation_policy" in kwargs else max_to_keep
         given = ocp.CheckpointManagerOptions(max_to_keep=number, **kwargs)
         with _agreed():
-            directory = _usable_directory(checkpoint_dir, given.read_only, given.create)
+            directory = _usable_directory(checkpoint_dir, not given.read_only, given.create)
         if jax.process_count() > 1 and not given.read_only:
             _check_is_shared(directory)
         self._model, self._steps_per_epoch = model, int(steps_per_epoch)
         self._monitor, self._mode = monitor, mode
-        self._given, self._prefix = given, given.step_prefix or None
+        self._given, self._prefix = given, given.step_prefix
+        self._unrated: Any = {} if monitor else None  # ranks as the worst; best_fn is not called without metrics
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
@@ -2319,7 +2314,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
             enable_async_checkpointing=True,
             enable_background_delete=False,  # a save deletes in the background anyway
             prevent_write_metrics=True,
-            step_prefix=self._prefix,
             temporary_path_class=None if _is_bucket(directory) else _FlushedPath,
             **({"best_fn": self._score, "best_mode": "max"} if is_ranked else {}),
         )
@@ -2380,11 +2374,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
             if record := _Record.from_metadata(metadata):
                 metrics = record.metrics
-        return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), self._judged(metrics)
-
-    def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
-        """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
-        return metrics if metrics or self._monitor is not None else None
+        return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics or self._unrated
 
     def _unmark(self, step: int) -> None:
         """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step."""
@@ -2396,12 +2386,11 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _after_commit(self, outdated: Sequence[int], delete: Callable[[int], None]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
-        newest = max(self._committed())
-        with contextlib.ExitStack() as work:  # an error is raised at the end: it hinders none of the others
-            if jax.process_index() == 0:
+        if jax.process_index() == 0:
+            newest = max(self._committed())  # is kept even if it is not among the best
+            with contextlib.ExitStack() as work:  # goes on after an error, and raises it at the end
                 work.callback(_remove_leftovers, self.directory, self._prefix)
-            for step in outdated:
-                if step != newest:  # which is kept even if it is not among the best
+                for step in set(outdated) - {newest}:
                     work.callback(delete, step)
 
     def delete(self, step: int) -> None:
@@ -2466,8 +2455,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
     ) -> bool:
         """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
-        `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
-        and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs, None inside an epoch.
+        `metrics` are the epoch's logs, None inside an epoch; `values` those of all variables, if not the model's own;
+        `own` is the state of this process, as for `_pack`; `notes` are further fields of the record.
         """
         with _LOCK:
             with _agreed():
@@ -2516,7 +2505,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
-                metrics=self._judged(record.metrics),
+                metrics=record.metrics or self._unrated,
                 custom_metadata=record.to_metadata(),
                 force=True,
             )
@@ -2525,7 +2514,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             self._end_failed(error, step, record.save)
         else:
             _SAVING[self] = step, record.save
-            _finish_before_exit()
+            _before_threads_stop(_finish_saves)
 
     def _make_room(self, step: int) -> None:
         """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
@@ -2592,8 +2581,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         found = self._restore(step, lambda *_: (variables, []), strict=strict, donate=donate, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
-            return None
-        return found.step
+        return found.step if found else None
 
     def _restore(self, step: int | str | None, variables_for: _VariablesFor, **how: Any) -> _Restored | None:
         """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
@@ -2606,8 +2594,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
         with _LOCK:
-            if (failure := self._failure) is not None:
-                self._failure = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
                 raise failure
             try:
                 super().wait_until_finished()
@@ -2622,8 +2610,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         record = None
         with contextlib.suppress(OSError):  # another error is on its way
             for number, path in _temporary(self.directory, self._prefix):
-                is_own = save in path.name or _is_bucket(path)
-                if number == step and is_own and jax.process_index() == 0:
+                if number == step and (save in path.name or _is_bucket(path)) and jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             record = _records(self._committed()).get(step)

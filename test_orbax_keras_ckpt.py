@@ -1910,7 +1910,7 @@ def test_options_of_orbax_get_through(tmp_path):
     manager = best.checkpoint_manager
     assert seen[0].keys() == {"loss"} and manager.all_steps() == [0, 3]
     assert manager.best_step() == manager.restore_state("best") == 0
-    save(model, tmp_path / "plain", *range(3), max_to_keep=1, step_prefix="", enable_background_delete=True)
+    save(model, tmp_path / "plain", *range(3), max_to_keep=1, enable_background_delete=True)
     assert names(tmp_path / "plain") == ["2"]
     none = dict.fromkeys(["preservation_policy", "best_fn", "save_interval_steps", "multiprocessing_options"])
     assert save(model, tmp_path / "none", *range(4), max_to_keep=2, **none).all_steps() == [2, 3]
