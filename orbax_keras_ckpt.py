@@ -2105,8 +2105,8 @@ def _check_backend() -> None:
         )
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def _check(name: str, value: Any, is_valid: Any, wanted: str) -> None:
@@ -2133,12 +2133,10 @@ def _check_keywords(of: type, given: Iterable[str]) -> None:
         raise TypeError(f"{of.__name__} has no argument {name!r}. {meant}")
 
 
-def _check_arguments(
-    model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
-) -> None:
+def _check_arguments(model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Any) -> None:
     _check("model", model, isinstance(model, keras.Model), "a keras.Model")
-    is_kept = max_to_keep is None or _is_count(max_to_keep)
-    _check("max_to_keep", max_to_keep, is_kept, "a number of checkpoints, 1 or more, or None to keep all")
+    is_limit = max_to_keep is None or _is_count(max_to_keep)
+    _check("max_to_keep", max_to_keep, is_limit, "a number of checkpoints, 1 or more, or None to keep all")
     _check("steps_per_epoch", steps_per_epoch, _is_count(steps_per_epoch), "a number of steps, 1 or more")
     is_name = monitor is None or (isinstance(monitor, str) and monitor)
     _check("monitor", monitor, is_name, "the name of a metric, as in the logs of fit, or None")
@@ -2436,8 +2434,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 which.
             OSError: The directory cannot be read.
         """
-        is_number = isinstance(epoch, numbers.Integral) and not isinstance(epoch, bool)
-        _check("epoch", epoch, is_number and epoch >= 0, "the number of a completed epoch, 0 or more")
+        _check("epoch", epoch, _is_count(epoch, least=0), "the number of a completed epoch, 0 or more")
         is_logs = metrics is None or isinstance(metrics, Mapping)
         _check("metrics", metrics, is_logs, "a dictionary of numbers, such as the logs of an epoch")
         if self._given.read_only:
@@ -2661,18 +2658,18 @@ def load_model(
     """
     _check_backend()
     directory = _usable_directory(checkpoint_dir)
-    models: list[keras.Model] = []
+    model: Any = None
 
     def variables_for(step: int, record: _Record | None, path: epath.Path) -> tuple[_Variables, list[str]]:
+        nonlocal model
         model, variables = _loadable(step, path, record, compile, custom_objects=custom_objects, safe_mode=safe_mode)
-        models[:] = [model]
         return variables, []
 
     _wait_for_saves()
-    restore = _Restore(directory, ..., lambda: models[0], variables_for, donate=True, own=False)
+    restore = _Restore(directory, ..., lambda: model, variables_for, donate=True, own=False)
     if restore.run(step) is None:
         raise FileNotFoundError(_nothing_in(directory))
-    return models[0]
+    return model
 
 
 # --------------------------------------------------------------------------------------------- signals
