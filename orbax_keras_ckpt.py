@@ -2224,11 +2224,10 @@ def _wait_for_saves() -> None:
 
 def _finish_saves() -> None:
     """Waits for all saves when the script ends, and prints their errors: there is no caller left to raise to."""
-    for manager in list(_SAVING):
-        try:
-            manager.wait_until_finished()
-        except Exception as error:
-            sys.excepthook(type(error), error, error.__traceback__)
+    managers = list(_SAVING)
+    _wait_for_saves()
+    for error in filter(None, (manager._failure for manager in managers)):
+        sys.excepthook(type(error), error, error.__traceback__)
 
 
 class KerasOrbaxCheckpointManager(_Hooked):
@@ -2304,7 +2303,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         waiting = self._given.async_options or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
-        is_ranked = self._monitor is not None or self._given.best_fn is not None
+        ranking = {"best_fn": self._score, "best_mode": "max"} if self._monitor or self._given.best_fn else {}
         return dataclasses.replace(
             self._given,
             async_options=waiting,
@@ -2313,7 +2312,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             enable_background_delete=False,  # a save deletes in the background anyway
             prevent_write_metrics=True,
             temporary_path_class=None if _is_bucket(directory) else _FlushedPath,
-            **({"best_fn": self._score, "best_mode": "max"} if is_ranked else {}),
+            **ranking,
         )
 
     def _score(self, metrics: Mapping[str, float]) -> float:
@@ -2356,8 +2355,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         steps = _steps(self.directory, self._prefix)
         if step not in steps:
             raise _no_such_step(step, self.directory, steps)
-        record = _read_record(step, steps[step])
-        return record.metrics if record else None
+        return getattr(_read_record(step, steps[step]), "metrics", None)
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
         """For Orbax: the committed steps, when they were committed, and their metrics."""
@@ -2386,10 +2384,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
         if jax.process_index() == 0:
             newest = max(self._committed())  # is kept even if it is not among the best
-            with contextlib.ExitStack() as work:  # goes on after an error, and raises it at the end
-                work.callback(_remove_leftovers, self.directory, self._prefix)
-                for step in set(outdated) - {newest}:
-                    work.callback(delete, step)
+            work = [functools.partial(delete, step) for step in outdated if step != newest]
+            for action in [*work, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
+                try:
+                    action()
+                except OSError as error:  # the new step is committed: this must not fail its save
+                    _warn(f"An old checkpoint in {self.directory} could not be deleted: {error}")
 
     def delete(self, step: int) -> None:
         """Deletes a step, once saves in progress are committed."""
@@ -2539,10 +2539,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number
                     found[str(name)] = float(value)
         if self._monitor not in (None, *found) and metrics is not None:
-            _warn(
-                f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
-                f"the worst. It has: {', '.join(map(repr, found)) or 'none'}.",
-            )
+            _warn(f"monitor={self._monitor!r} is not among the metrics of step {step}, which are {list(found)}.")
         return found
 
     def restore_state(
@@ -2611,12 +2608,10 @@ class KerasOrbaxCheckpointManager(_Hooked):
                     path.rmtree(missing_ok=True)
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
             record = _records(self._committed()).get(step)
-        text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
+        place, text = f"step {step} in {self.directory}", f"{type(error).__name__}: {str(error).strip()[:1000]}"
         if record is None or record.save != save:
-            raise CheckpointError(
-                f"Saving step {step} in {self.directory} has failed. Earlier checkpoints are unchanged. {text}"
-            ) from error
-        _warn(f"Step {step} in {self.directory} is saved, but cleaning up after it failed. {text}")
+            raise CheckpointError(f"Saving {place} has failed. Earlier checkpoints are unchanged. {text}") from error
+        _warn(f"Saved {place}, but cleaning up afterwards failed. {text}")
 
 
 def load_model(
