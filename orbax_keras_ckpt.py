@@ -2517,15 +2517,15 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
         if (newest := self.latest_step()) is not None and step <= newest:
             self.wait_until_finished()  # raises if the newest step is a save that has failed since
-            steps = self._committed()
-            record = _records(steps).get(step)
-            if step != newest or record is None or not record.unfinished:
+            path = self._committed().get(step)
+            record = _records({step: path}).get(step) if path else None
+            if step != newest or path is None or record is None or not record.unfinished:
                 raise ValueError(
                     f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
                     "run saves there too, use another directory; otherwise, continue with a later epoch."
                 )
             _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
-            _set_aside(steps[step], _REPLACED)
+            _set_aside(path, _REPLACED)
         for path in _entries(self.directory):  # Orbax would delete what is in its way
             match = _STEP.fullmatch(path.name)
             if match and (match["prefix"], int(match["step"])) == (self._prefix, step) and not _is_step(path):
