@@ -551,10 +551,11 @@ class _Hooked(ocp.CheckpointManager):
         delete = deleter.delete
 
         def marked_delete(step: int) -> None:
-            if self._unmark(step):
-                delete(step)
+            self._unmark(step)
+            delete(step)
 
-        deleter.delete, deleter.delete_steps = marked_delete, self._after_commit
+        deleter.delete = marked_delete
+        deleter.delete_steps = functools.partial(self._after_commit, delete=marked_delete)
 
     def _load_checkpoint_infos(self, skip_metadata_read: bool = False) -> list[Any]:
         # Orbax's own fails on one bad byte in any step, and globs in a path that may contain brackets.
@@ -564,7 +565,7 @@ class _Hooked(ocp.CheckpointManager):
         try:
             super()._wait_for_checkpointers()
         except BaseException as error:  # in the background: others may be waiting for this process
-            self._commit_failed(error)
+            self._meetings.give_up(error)
             raise
 
     def _settle(self) -> None:
@@ -573,6 +574,7 @@ class _Hooked(ocp.CheckpointManager):
             super()._wait_for_checkpointers()
 
 
+@functools.cache
 def _before_threads_stop(function: Callable[[], None]) -> None:
     """Calls a function when the script ends, before Python stops the thread pools that a commit needs."""
     vars(threading)["_register_atexit"](function)  # atexit would run too late
@@ -1954,17 +1956,20 @@ def _check_backend() -> None:
         )
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= 1
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _check(name: str, value: Any, is_valid: Any, wanted: str) -> None:
+    """Raises for the argument of that name, unless it is valid."""
+    if not is_valid:
+        raise ValueError(f"{name}={value!r}: give {wanted}.")
 
 
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
-
-
 _ELSEWHERE = {  # arguments of other callbacks, and what to use here instead
     "filepath": "The directory is checkpoint_dir.",
     "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
-    "options": "Give its fields as keywords.",
     "save_weights_only": "All of the state is saved; restore_state(weights_only=True) restores the weights alone.",
 }
 
@@ -1976,158 +1981,107 @@ def _check_keywords(of: type, given: Iterable[str]) -> None:
     lines = []
     for name in sorted(set(given) - known - set(own)):
         near = [each for names in (own, known) for each in difflib.get_close_matches(name, names, n=1)]
-        meant = _ELSEWHERE.get(name) or (f"Did you mean {near[0]!r}?" if near else "")
-        lines.append(f"{of.__name__} has no argument {name!r}. {meant}".rstrip())
+        meant = _ELSEWHERE.get(name) or (f"Did you mean {near[0]!r}?" if near else "See its docstring.")
+        lines.append(f"{of.__name__} has no argument {name!r}. {meant}")
     if lines:
-        ours = ", ".join(name for name in dict.fromkeys(own) if name != "kwargs")
-        others = "All others go to orbax.checkpoint.CheckpointManagerOptions."
-        raise TypeError("\n".join([*lines, f"Its arguments are: {ours}. {others}"]))
+        raise TypeError("\n".join(lines))
 
 
-def _check_arguments(
-    model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Mapping[str, Any]
-) -> None:
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"model={model!r}: give a keras.Model.")
-    if max_to_keep is not None and not _is_count(max_to_keep):
-        raise ValueError(f"max_to_keep={max_to_keep!r}: give a number of checkpoints, 1 or more, or None to keep all.")
-    if not _is_count(steps_per_epoch):
-        raise ValueError(f"steps_per_epoch={steps_per_epoch!r}: give a number of steps, 1 or more.")
-    if monitor is not None and not (isinstance(monitor, str) and monitor):
-        raise ValueError(f"monitor={monitor!r}: give the name of a metric, as in the logs of fit, or None.")
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(f'mode={mode!r}: give "min", "max" or "auto".')
+def _check_arguments(model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor: Any, mode: Any, options: Any) -> None:
+    _check("model", model, isinstance(model, keras.Model), "a keras.Model")
+    is_limit = max_to_keep is None or _is_count(max_to_keep)
+    _check("max_to_keep", max_to_keep, is_limit, "a number of checkpoints, 1 or more, or None to keep all")
+    _check("steps_per_epoch", steps_per_epoch, _is_count(steps_per_epoch), "a number of steps, 1 or more")
+    is_name = monitor is None or (isinstance(monitor, str) and monitor)
+    _check("monitor", monitor, is_name, "the name of a metric, as in the logs of fit, or None")
+    _check("mode", mode, mode in ("auto", "min", "max"), '"min", "max" or "auto"')
     _check_keywords(KerasOrbaxCheckpointManager, options)
-    kinds: dict[str, Any] = {"step_prefix": str, "keep_time_interval": datetime.timedelta, "best_fn": Callable}
-    for name, kind in kinds.items():
-        if name in options and not isinstance(options[name], kind):
-            raise ValueError(f"{name}={options[name]!r}: give a {kind.__name__}.")
-    for name in ("save_interval_steps", "keep_period", "step_format_fixed_length"):
-        if name in options and not _is_count(options[name]):
-            raise ValueError(f"{name}={options[name]!r}: give a number, 1 or more.")
-    if "/" in options.get("step_prefix", ""):
-        raise ValueError(f"step_prefix={options['step_prefix']!r}: give a name without '/'.")
+    for name in options.keys() & {"save_interval_steps", "keep_period", "step_format_fixed_length"}:
+        _check(name, options[name], _is_count(options[name]), "a number, 1 or more")
+    prefix, best_fn = options.get("step_prefix", "step"), options.get("best_fn", len)
+    _check("step_prefix", prefix, isinstance(prefix, str) and re.fullmatch("[^/]+", prefix), "a name without '/'")
+    _check("best_fn", best_fn, callable(best_fn), "a function of the metrics")
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
 
 def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
     """The absolute path of a directory, or the URL of one in a bucket. ValueError for anything else."""
-    path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else None
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"checkpoint_dir={checkpoint_dir!r}: give the path of a directory, as str or path-like.")
-    if "\\" in path:
-        raise ValueError(f"checkpoint_dir={path!r}: TensorStore takes a backslash for '/'. Give a path without any.")
+    path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else ""
+    _check("checkpoint_dir", checkpoint_dir, path, "the path of a directory, as str or path-like")
+    _check("checkpoint_dir", path, "\\" not in path, "another path: TensorStore takes a backslash for '/'")
     if not re.match(r"\w+:/", path):
         return epath.Path(os.path.abspath(os.path.expanduser(path)))
-    if not re.match("gs://[^/]+/[^/]", path):
-        raise ValueError(
-            f"checkpoint_dir={path!r}: of URLs only gs://bucket/path can be used, as str or epath.Path, because Orbax "
-            "writes to no other. Mount another store as a directory (s3:// by s3fs-fuse), or give a local path."
-        )
+    wanted = "a local path, such as that of a mounted bucket; of URLs only gs://bucket/path, as str or epath.Path"
+    _check("checkpoint_dir", path, re.match("gs://[^/]+/[^/]", path), wanted)  # Orbax writes to no other
     return epath.Path(path)
 
 
-def _check_bucket(directory: epath.Path, is_read_only: bool) -> None:
-    """Checks both ways to access a bucket: gcsfs, used by Orbax, and TensorStore, used for arrays."""
+def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, creates: bool = False) -> epath.Path:
+    """The path of a directory that can be read and, if asked for, written to."""
+    directory = _directory_at(checkpoint_dir)
+    advice = "Choose another directory, or, to restore only, a manager with read_only=True"
     try:
-        _uncached(directory)
-        if is_read_only:
+        if _is_bucket(directory):
+            advice = "Install gcsfs; check credentials and the permission to list, read, write and delete objects there"
+            _uncached(directory)
+        if not writes:
             _entries(directory)
-        else:
+        elif _is_bucket(directory):  # by gcsfs, which Orbax uses, and by TensorStore
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
             probe.write_text("")
             del ts.KvStore.open(_kvstore(directory, "")["base"]).result()[probe.name]
-    except Exception as error:  # from any of the libraries involved
-        raise OSError(
-            errno.EIO,
-            f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({type(error).__name__}: {error}). "
-            "Install gcsfs; check credentials and the permission to list, read, write and delete objects there",
-        ) from error
-
-
-def _usable_directory(checkpoint_dir: str | os.PathLike, options: Mapping[str, Any]) -> epath.Path:
-    """The path of a directory that is writable, created if missing, or only readable with `read_only`."""
-    directory, is_read_only = _directory_at(checkpoint_dir), bool(options.get("read_only"))
-    if options.get("todelete_full_path") and not _is_bucket(directory):
-        raise ValueError("todelete_full_path is for buckets only. Give todelete_subdir instead, or neither.")
-    if _is_bucket(directory):
-        _check_bucket(directory, is_read_only)
-    elif is_read_only:
-        try:
-            _entries(directory)
-        except FileNotFoundError:
-            raise FileNotFoundError(_nothing_in(directory)) from None
-        except NotADirectoryError as error:
-            advice = "Give the directory of the checkpoints; keras.saving.load_model() reads .keras files"
-            raise NotADirectoryError(error.errno, f"{str(directory)!r} is a file. {advice}") from None
-    else:
-        try:
-            if options.get("create", True):
+        else:
+            if creates:
                 os.makedirs(directory, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass
-        except OSError as error:
-            problem = f"checkpoint_dir={str(directory)!r} cannot be written to ({error.strerror})"
-            advice = "Choose another directory, or, to restore only, a manager with read_only=True"
-            raise OSError(error.errno, f"{problem}. {advice}") from error
-    if not is_read_only and _is_committed(directory):
-        raise ValueError(
-            f"checkpoint_dir={str(directory)!r} is itself a step in a checkpoint directory, and would be deleted with "
-            "it. Give another directory."
-        )
+    except Exception as error:  # in a bucket, from any of the libraries involved
+        if not writes and isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(_nothing_in(directory)) from None
+        problem = f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({error!r})"
+        raise OSError(getattr(error, "errno", None) or errno.EIO, f"{problem}. {advice}") from error
+    is_free = not writes or not _is_committed(directory)
+    _check("checkpoint_dir", str(directory), is_free, "another directory: this is itself a step, and goes with it")
     return directory
 
 
-def _check_is_shared(directory: epath.Path, options: Mapping[str, Any]) -> None:
-    """Raises unless all processes see the same directory."""
-    if jax.process_count() == 1 or options.get("read_only"):
-        return
+def _check_is_shared(directory: epath.Path) -> None:
+    """Raises unless all processes see what process 0 writes to a directory."""
     probe = directory / f"{_gather(uuid.uuid4().hex)[0]}.orbax-keras-ckpt"
     with _agreed():
         if jax.process_index() == 0:
             probe.write_text("")
-    try:
-        with _agreed():
-            deadline = time.monotonic() + 10  # a network file system may lag
-            while not probe.exists():
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"checkpoint_dir={str(directory)!r} is not the same directory for all processes: this "
-                        "process does not see what process 0 writes there. Give a directory that all share."
-                    )
-                time.sleep(0.1)
-    finally:
-        if jax.process_index() == 0:
-            probe.unlink()
+    for _ in range(100):  # a network file system may lag
+        if probe.exists():
+            break
+        time.sleep(0.1)
+    is_seen = _gather(probe.exists())
+    if jax.process_index() == 0:
+        probe.unlink()
+    if not all(is_seen):
+        raise CheckpointError(f"checkpoint_dir={str(directory)!r}: give a directory that all processes share.")
 
 
-_SAVING: set[Any] = set()  # managers of this process with a save in progress
+_SAVING: dict[Any, tuple[int, str]] = {}  # managers of this process with a save in progress: its step and id
 _LOCK = threading.RLock()  # saves that are asked for in several threads take turns
 
 
-def _wait_for_saves(directory: epath.Path, besides: Any = None) -> None:
-    """Waits for other managers' saves in a directory. A failed save is raised by the manager that started it."""
-    others = [each for each in list(_SAVING) if each is not besides]
-    for each in [each for each in others if os.path.realpath(each.directory) == os.path.realpath(directory)]:
+def _wait_for_saves(besides: Any = None) -> None:
+    """Waits for the saves of this process's managers. A failed one is raised by the manager that started it."""
+    for manager in [each for each in list(_SAVING) if each is not besides]:
         try:
-            each.wait_until_finished()
+            manager.wait_until_finished()
         except CheckpointError as error:
-            each._failure = error
+            manager._failure = error
 
 
-@functools.cache
-def _finish_before_exit() -> None:
-    """Finishes saves that are still in progress when the script ends."""
-
-    def finish() -> None:
-        for manager in list(_SAVING):
-            try:
-                manager.wait_until_finished()
-            except Exception as error:  # there is no caller left to raise to
-                sys.excepthook(type(error), error, error.__traceback__)
-
-    _before_threads_stop(finish)
+def _finish_saves() -> None:
+    """Waits for all saves when the script ends, and prints their errors: there is no caller left to raise to."""
+    managers = list(_SAVING)
+    _wait_for_saves()
+    for error in filter(None, (manager._failure for manager in managers)):
+        sys.excepthook(type(error), error, error.__traceback__)
 
 
 class KerasOrbaxCheckpointManager(_Hooked):
@@ -2169,121 +2123,93 @@ class KerasOrbaxCheckpointManager(_Hooked):
     """
 
     def __init__(
-        self,
-        model: keras.Model,
-        checkpoint_dir: str | os.PathLike,
-        max_to_keep: int | None = 5,
-        steps_per_epoch: int = 1,
-        *,
-        monitor: str | None = None,
-        mode: str = "auto",
-        compression: bool = False,
-        **kwargs: Any,
+        self, model: keras.Model, checkpoint_dir: str | os.PathLike,
+        max_to_keep: int | None = 5, steps_per_epoch: int = 1, *,
+        monitor: str | None = None, mode: str = "auto", compression: bool = False, **kwargs: Any,
     ):
         """Opens the directory, and creates it if it is missing."""
         _check_backend()
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # the default of Orbax's options
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
         _check_seams(model)
+        number = None if "preservation_policy" in kwargs else max_to_keep
+        given = ocp.CheckpointManagerOptions(max_to_keep=number, **kwargs)
         with _agreed():
-            directory = _usable_directory(checkpoint_dir, kwargs)
-        _check_is_shared(directory, kwargs)
-        self._model = model
-        self._steps_per_epoch = int(steps_per_epoch)
+            directory = _usable_directory(checkpoint_dir, not given.read_only, given.create)
+        if jax.process_count() > 1 and not given.read_only:
+            _check_is_shared(directory)
+        self._model, self._steps_per_epoch = model, int(steps_per_epoch)
         self._monitor, self._mode = monitor, mode
-        self._best_fn = (kwargs["best_fn"], kwargs.get("best_mode", "max")) if kwargs.get("best_fn") else None
+        self._given, self._prefix = given, given.step_prefix
+        self._unrated: Any = {} if monitor else None  # ranks as the worst; best_fn is not called without metrics
         self._description: Any = None  # of the model, before it is saved
         self._failure: Exception | None = None  # of a save, not raised yet
-        self._read_only = bool(kwargs.get("read_only"))
-        self._waits = not kwargs.get("enable_async_checkpointing", True)
-        self._prefix = kwargs.get("step_prefix") or None
-        self._saving: tuple[int, str] | None = None  # step and id of the save in progress
-        self._is_writing = False  # until it is committed or has failed
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
-        self._undeleted: list[str] = []  # why deletions failed
-        self._meetings = _Meetings()
-        self._arrays = _ArrayHandler(compression)
-        options = ocp.CheckpointManagerOptions(**self._options_of(directory, max_to_keep, dict(kwargs)))
+        self._meetings, self._arrays = _Meetings(), _ArrayHandler(compression)
         handlers = {item: _tree_handler(self._arrays) for item in ("default", "run")}
-        super().__init__(directory, item_handlers=handlers, options=options)
-        self._keeps_deleted = bool(options.todelete_subdir or getattr(options, "todelete_full_path", None))
+        super().__init__(directory, item_handlers=handlers, options=self._options_for(directory))
         self._watch_deletions()
 
-    def _options_of(self, directory: epath.Path, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
-        """All options of Orbax's manager."""
+    def _options_for(self, directory: epath.Path) -> ocp.CheckpointManagerOptions:
+        """The given options, changed to what this class needs."""
         # Creating folders in the background is racy in Orbax 0.11.20. If they cannot be created, threads wait for
         # them for minutes, even when the process exits.
-        waiting = given.pop("async_options", None) or ocp.AsyncOptions(create_directories_asynchronously=False)
+        waiting = self._given.async_options or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
-        given.pop("enable_background_delete", None)  # deletions are in the background of a save anyway
-        # Never in the foreground: when one process fails there, the others wait for it in a collective.
-        ours = {"enable_async_checkpointing": True, "async_options": waiting}
-        ours |= {"prevent_write_metrics": True, "step_prefix": self._prefix}
-        if not _is_bucket(directory):
-            ours["temporary_path_class"] = _FlushedPath
-        return {**self._retention(max_to_keep, given), **given, **ours}
-
-    def _retention(self, max_to_keep: int | None, given: dict[str, Any]) -> dict[str, Any]:
-        """The options that say what is kept; removes those that they replace from `given`."""
-        if "preservation_policy" in given:
-            return {}
-        if self._monitor is None and self._best_fn is None:
-            return {"max_to_keep": max_to_keep}
-        # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
-        keeps = given.pop("keep_checkpoints_without_metrics", True)
-        policies = [
-            ocp.checkpoint_managers.LatestN(1),
-            ocp.checkpoint_managers.BestN(
-                get_metric_fn=self._score, n=max_to_keep, keep_checkpoints_without_metrics=keeps
-            ),
-        ]
-        if period := given.pop("keep_period", None):
-            policies.append(ocp.checkpoint_managers.EveryNSteps(period))
-        if interval := given.pop("keep_time_interval", None):
-            policies.append(ocp.checkpoint_managers.EveryNSeconds(math.ceil(interval.total_seconds())))
-        return {"preservation_policy": ocp.checkpoint_managers.AnyPreservationPolicy(policies)}
+        ranking = {"best_fn": self._score, "best_mode": "max"} if self._monitor or self._given.best_fn else {}
+        return dataclasses.replace(
+            self._given,
+            async_options=waiting,
+            # Never in the foreground: when one process fails there, the others wait for it in a collective.
+            enable_async_checkpointing=True,
+            enable_background_delete=False,  # a save deletes in the background anyway
+            prevent_write_metrics=True,
+            temporary_path_class=None if _is_bucket(directory) else _FlushedPath,
+            **ranking,
+        )
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
-        name, mode = self._best_fn or (str(self._monitor), self._resolved_mode())
+        name, mode = self._monitored() or (self._given.best_fn, self._given.best_mode)
         value = _rated(metrics, name)
         return -math.inf if math.isnan(value) else value if mode == "max" else -value
 
-    def _resolved_mode(self) -> str:
+    def _monitored(self) -> list[str] | None:
+        """What decides which checkpoint is best, and "min" or "max"; None without `monitor`."""
+        if self._monitor is None:
+            return None
         if self._mode == "auto":
-            self._mode = _direction(self._model, str(self._monitor)) or "auto"
-        if self._mode == "auto":  # before its first fit, the model does not know its metrics
-            saved = [record.monitor for _, record in sorted(_records(self._committed()).items()) if record.monitor]
-            self._mode = dict(saved).get(str(self._monitor), "auto")  # as the newest that names it
+            self._mode = _direction(self._model, self._monitor) or "auto"
         if self._mode == "auto":
             raise ValueError(
                 f'mode="auto": the model\'s metrics do not say whether a high or a low {self._monitor!r} is better. '
                 f'They are: {", ".join(_metrics_of(self._model))}. Check the name, or give mode="max" or mode="min".'
             )
-        return self._mode
-
-    def _monitored(self) -> list[str] | None:
-        return None if self._monitor is None else [self._monitor, self._resolved_mode()]
+        return [self._monitor, self._mode]
 
     def _committed(self) -> dict[int, epath.Path]:
         return _folders(self.directory, self._prefix)[0] if self.directory.exists() else {}
 
     def latest_step(self) -> int | None:
         """The newest step, on disk or still being saved; None if there is none."""
-        return max([*self._committed(), *([self._saving[0]] if self._saving else [])], default=None)
+        return max([*self._committed(), *_SAVING.get(self, ())[:1]], default=None)
 
     def best_step(self) -> int | None:
-        """The best step by `monitor`, `best_fn` or what the newest checkpoint monitored; None if there is none."""
-        return _best(_records(_steps(self.directory, self._prefix)), self._monitored() or self._best_fn)
+        """The best step by `best_fn`, or by what the newest checkpoint monitored; None if there is none."""
+        best_by = (self._given.best_fn, self._given.best_mode) if self._given.best_fn else None
+        return _best(_records(_steps(self.directory, self._prefix)), best_by)
+
+    def is_saving_in_progress(self) -> bool:
+        """Whether a save is being written."""
+        return self in _SAVING and super().is_saving_in_progress()
 
     def metrics(self, step: int) -> dict[str, float] | None:
         """The metrics saved with a step; None if another tool wrote it."""
         steps = _steps(self.directory, self._prefix)
         if step not in steps:
             raise _no_such_step(step, self.directory, steps)
-        record = _read_record(step, steps[step])
-        return record.metrics if record else None
+        return getattr(_read_record(step, steps[step]), "metrics", None)
 
     def _known_steps(self) -> list[tuple[int, datetime.datetime, dict[str, float] | None]]:
         """For Orbax: the committed steps, when they were committed, and their metrics."""
@@ -2298,51 +2224,42 @@ class KerasOrbaxCheckpointManager(_Hooked):
             nanoseconds = metadata.get("commit_timestamp_nsecs") or 0
             if record := _Record.from_metadata(metadata):
                 metrics = record.metrics
-        return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), self._judged(metrics)
+        return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics or self._unrated
 
-    def _judged(self, metrics: dict[str, float]) -> dict[str, float] | None:
-        """The metrics by which retention ranks a step. A user's best_fn is not called without any."""
-        return metrics if metrics or self._monitor is not None else None
-
-    def _unmark(self, step: int) -> bool:
-        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step.
-
-        Returns False for a symbolic link, which alone is deleted: the step belongs to another directory.
-        """
-        path = _steps(self.directory, self._prefix).get(step)
-        if path is None or jax.process_index() != 0:
-            return True
-        if os.path.islink(path):
-            path.unlink()
-            return False
-        if not self._keeps_deleted:
+    def _unmark(self, step: int) -> None:
+        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step."""
+        path = self._committed().get(step)
+        is_moved = self._given.todelete_subdir or self._given.todelete_full_path
+        # A symbolic link leads to a step of another directory. Orbax cannot delete it, and raises.
+        if path is not None and not is_moved and not os.path.islink(path) and jax.process_index() == 0:
             _unmark(path)
-        return True
 
-    def _after_commit(self, outdated: Sequence[int]) -> None:
+    def _after_commit(self, outdated: Sequence[int], delete: Callable[[int], None]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
-        self._is_writing = False
-        work: list[Callable[[], None]] = [functools.partial(self._checkpoint_deleter.delete, step) for step in outdated]
         if jax.process_index() == 0:
-            work.append(functools.partial(_remove_leftovers, self.directory, self._prefix))
-        for action in work:
-            try:
-                action()
-            except OSError as error:  # the new step is committed: this must not fail its save
-                self._undeleted.append(str(error))
+            newest = max(self._committed())  # is kept even if it is not among the best
+            work = [functools.partial(delete, step) for step in outdated if step != newest]
+            for action in [*work, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
+                try:
+                    action()
+                except OSError as error:  # the new step is committed: this must not fail its save
+                    _warn(f"An old checkpoint in {self.directory} could not be deleted: {error}")
 
     def delete(self, step: int) -> None:
         """Deletes a step, once saves in progress are committed."""
         self.wait_until_finished()
         super().delete(step)
 
-    def _start_run(self) -> None:
+    def _prepare(self) -> None:
         """Raises early what a save would raise later, and serializes the model while its variables have values."""
-        self._check_is_distributed(_state(_variables(self._model)))
-        self._describe()
+        if jax.process_count() > 1:
+            leaves = jax.tree.leaves(_state(_variables(self._model)))
+            if any(value.is_fully_addressable for value in leaves):  # each process would overwrite the others' arrays
+                raise ValueError(
+                    f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
+                    "are not distributed. Call keras.distribution.set_distribution() before the model is built."
+                )
         self._monitored()
-
-    def _describe(self) -> None:
         is_first, self._description = self._description is None, _described(self._model)
         if is_first and (names := _unsaved_state(self._model)):
             _warn(
@@ -2370,59 +2287,52 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 not built.
             CheckpointError: This save, or the previous one in the background, has failed; the message says
                 which.
+            OSError: The directory cannot be read.
         """
-        if not isinstance(epoch, numbers.Integral) or isinstance(epoch, bool) or epoch < 0:
-            raise ValueError(f"epoch={epoch!r}: give the number of a completed epoch, 0 or more.")
-        if metrics is not None and not isinstance(metrics, Mapping):
-            raise ValueError(f"metrics={metrics!r}: give a dictionary of numbers, such as the logs of an epoch.")
-        if self._read_only:
+        _check("epoch", epoch, _is_count(epoch, least=0), "the number of a completed epoch, 0 or more")
+        is_logs = metrics is None or isinstance(metrics, Mapping)
+        _check("metrics", metrics, is_logs, "a dictionary of numbers, such as the logs of an epoch")
+        if self._given.read_only:
             return False
         self._model.jax_state_sync()  # within fit, by another callback
-        self._describe()  # the model may have been recompiled
-        started = self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics)
+        self._prepare()  # the model may have been recompiled
+        started = self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics or {})
         if (3, 12) <= sys.version_info < (3, 12, 3):  # these start no threads at exit, but a commit needs some
             self.wait_until_finished()
         return started
 
     def _save(
-        self,
-        step: int,
-        position: _Position,
-        metrics: Mapping[str, float] | None,
-        *,
-        values: Sequence[list[jax.Array]] | None = None,
-        own: Any = None,
-        force: bool = False,
-        **notes: Any,
+        self, step: int, position: _Position, metrics: Mapping[str, Any] | None, *,
+        values: Sequence[list[jax.Array]] | None = None, own: Any = None, force: bool = False, **notes: Any,
     ) -> bool:
         """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
-        `values` are those of all variables, if not the model's own; `own` is the state of this process, of plain values
-        and arrays; `notes` are further fields of the record; `metrics` are the epoch's logs.
+        `metrics` are the epoch's logs, None inside an epoch; `values` those of all variables, if not the model's own;
+        `own` is the state of this process, as for `_packed`; `notes` are further fields of the record.
         """
         with _LOCK:
-            state = _state(_variables(self._model, metrics=values is not None), values)
-            self._check_is_distributed(state)
-            _wait_for_saves(self.directory, besides=self)
-            self._make_room(step)
+            _wait_for_saves(besides=self)
+            with _agreed():
+                if jax.process_index() == 0:
+                    self._make_room(step)
             if not force and not self.should_save(step):
                 return False
             self.wait_until_finished()
             self.reload()
+            state = _state(_variables(self._model, metrics=values is not None), values)
             where, items = self._own_of(own)
-            items["default"] = _tree(state)
             record = _Record(
                 save=_gather(uuid.uuid4().hex)[0],
                 position=position,
                 variables=_specs(state),
-                metrics=self._numbers(metrics, step, is_complete="unfinished" not in notes),
+                metrics=self._numbers(metrics, step),
                 monitor=self._monitored(),
                 model=self._description[0],
                 **where,
                 **notes,
             )
-            self._begin(step, record, items)
-            if self._waits:
+            self._begin(step, record, {**items, "default": _tree(state)})
+            if not self._given.enable_async_checkpointing:
                 self.wait_until_finished()
             return True
 
@@ -2442,64 +2352,51 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._meetings.save = _FlushedPath.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
-        self._is_writing = True
         try:
-            with _agreed():
-                for path in _entries(self.directory):  # raises if it has been removed: Orbax would create it again
-                    match = _STEP.fullmatch(path.name)
-                    name = match and (match["prefix"], int(match["step"]), match["temporary"])
-                    if name == (self._prefix, step, None) and not _is_step(path):
-                        raise FileExistsError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
-                metrics=self._judged(record.metrics),
+                metrics=record.metrics or self._unrated,
                 custom_metadata=record.to_metadata(),
                 force=True,
             )
         except Exception as error:
             self._meetings.give_up(error)
-            self._end_failed((step, record.save), error)
+            self._end_failed(error, step, record.save)
         else:
-            self._saving = step, record.save
-            _SAVING.add(self)
-            _finish_before_exit()
+            _SAVING[self] = step, record.save
+            _before_threads_stop(_finish_saves)
 
     def _make_room(self, step: int) -> None:
-        """Raises if the step is not above the newest one, unless that is a snapshot inside the epoch: it gives way."""
-        if step > self._agreed_latest_step():
-            return
-        with _agreed():
+        """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
+        if not _is_bucket(self.directory) and not self.directory.exists():  # Orbax would create it again
+            raise CheckpointError(f"Saving step {step} has failed: {self.directory} has been removed.")
+        if (newest := self.latest_step()) is not None and step <= newest:
             self.wait_until_finished()  # raises if the newest step is a save that has failed since
-            path = _steps(self.directory, self._prefix).get(step)
-            record = _records({step: path}).get(step) if path and step == self.latest_step() else None
-            if path and record and record.unfinished and jax.process_index() == 0:
-                _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
-                _set_aside(path, ".replaced")
-        if step <= (newest := self._agreed_latest_step()):
-            raise ValueError(
-                f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
-                "run saves there too, use another directory; otherwise, continue with a later epoch."
-            )
+            path = self._committed().get(step)
+            record = _records({step: path}).get(step) if path else None
+            if step != newest or path is None or record is None or not record.unfinished:
+                raise ValueError(
+                    f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
+                    "run saves there too, use another directory; otherwise, continue with a later epoch."
+                )
+            _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
+            _set_aside(path, ".replaced")
+        for path in _entries(self.directory):  # Orbax would delete what is in its way
+            match = _STEP.fullmatch(path.name)
+            name = match and (match["prefix"], int(match["step"]), match["temporary"])
+            if name == (self._prefix, step, None) and not _is_step(path):
+                raise CheckpointError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
 
-    def _agreed_latest_step(self) -> int:
-        """The newest step as process 0 sees it, which may rename one before others look; -1 if there is none."""
-        with _agreed():
-            newest = self.latest_step()
-        return _gather(-1 if newest is None else newest)[0]
-
-    def _numbers(self, metrics: Mapping[str, Any] | None, step: int, is_complete: bool) -> dict[str, float]:
-        """The metrics that are numbers. Warns if the monitored one is missing."""
+    def _numbers(self, metrics: Mapping[str, Any] | None, step: int) -> dict[str, float]:
+        """The metrics that are numbers. Warns if the monitored one is missing, unless there are none yet."""
         found = {}
         for name, value in (metrics or {}).items():
             if not isinstance(value, (str, bytes)) and getattr(value, "ndim", 0) == 0:
                 with contextlib.suppress(TypeError, ValueError, OverflowError):  # not a number
                     found[str(name)] = float(value)
-        if self._monitor is not None and self._monitor not in found and is_complete:
-            _warn(
-                f"monitor={self._monitor!r} is not among the metrics of step {step}, which therefore counts as "
-                f"the worst. It has: {', '.join(map(repr, found)) or 'none'}.",
-            )
+        if self._monitor not in (None, *found) and metrics is not None:
+            _warn(f"monitor={self._monitor!r} is not among the metrics of step {step}, which are {list(found)}.")
         return found
 
     def restore_state(
@@ -2535,77 +2432,48 @@ class KerasOrbaxCheckpointManager(_Hooked):
         found = self._restore(step, lambda *_: (self._model, variables, []), strict=strict, donate=donate, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
-            return None
-        return found.step
+        return found.step if found else None
 
     def _restore(self, step: int | str | None, target_of: Callable[..., _Target], **how: Any) -> _Restored | None:
         """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
-            _wait_for_saves(self.directory, besides=self)
+            _wait_for_saves(besides=self)
             self.wait_until_finished()
-        how |= {"sets_aside": not self._read_only, "best_step": self.best_step}
+        how |= {"sets_aside": not self._given.read_only, "best_step": self.best_step}
         return _Restore(self.directory, self._prefix, target_of, **how).run(step)
 
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
         with _LOCK:
-            if (failure := self._failure) is not None:
-                self._failure = None
+            failure, self._failure = self._failure, None
+            if failure is not None:
                 raise failure
             try:
                 super().wait_until_finished()
             except Exception as error:
-                self._end_failed(self._saving, error)
-            self._saving = None
-            _SAVING.discard(self)
-            undeleted, self._undeleted = self._undeleted, []
-        for reason in undeleted:
-            _warn(f"An old checkpoint in {self.directory} could not be deleted: {reason}")
+                self._end_failed(error, *_SAVING.pop(self, (-1, "")))
+            if _SAVING.pop(self, None):
+                self.reload()  # Orbax takes the newest step for deleted if it is not among the best
 
-    def _end_failed(self, saving: Any, error: Exception) -> None:
-        """Raises for a failed save, given as step and id; only warns if the step was committed nevertheless."""
-        step, save = saving or (-1, None)
-        self._saving, self._is_writing = None, False
-        _SAVING.discard(self)
+    def _end_failed(self, error: Exception, step: int, save: str) -> None:
+        """Raises for a failed save, given by its id; only warns if the step was committed nevertheless."""
         self._settle()
-        is_committed, what = False, "that step does not exist"
+        record = None
         with contextlib.suppress(OSError):  # another error is on its way
             for number, path in _folders(self.directory, self._prefix)[3]:
-                is_own = str(save) in path.name or _is_bucket(path)
-                if number == step and is_own and jax.process_index() == 0:
+                if number == step and (save in path.name or _is_bucket(path)) and jax.process_index() == 0:
                     path.rmtree(missing_ok=True)
             self.reload()  # Orbax has already forgotten the steps that retention would have deleted
-            path = _steps(self.directory, self._prefix).get(step)
-            is_committed = path is not None and getattr(_read_record(step, path), "save", None) == save
-            what = "another run has saved that step" if path else what
-        text = f"{type(error).__name__}: {str(error).strip()[:1000]}"
-        if not is_committed:
-            raise CheckpointError(
-                f"Saving step {step} in {self.directory} has failed: {what}. Earlier checkpoints "
-                f"are unchanged. {text}"
-            ) from error
-        _warn(f"Step {step} in {self.directory} is saved, but cleaning up after it failed. {text}")
-
-    def _commit_failed(self, error: BaseException) -> None:
-        self._is_writing = False
-        self._meetings.give_up(error)
-
-    def _check_is_distributed(self, state: _State) -> None:
-        """Raises if each process has variables of its own: they would overwrite each other's arrays."""
-        if jax.process_count() > 1 and any(value.is_fully_addressable for value in jax.tree.leaves(state)):
-            raise ValueError(
-                f"There are {jax.process_count()} processes, but the model {self._model.name!r} has variables that "
-                "are not distributed. Call keras.distribution.set_distribution() before the model is built."
-            )
+            record = _records(self._committed()).get(step)
+        place, text = f"step {step} in {self.directory}", f"{type(error).__name__}: {str(error).strip()[:1000]}"
+        if record is None or record.save != save:
+            raise CheckpointError(f"Saving {place} has failed. Earlier checkpoints are unchanged. {text}") from error
+        _warn(f"Saved {place}, but cleaning up afterwards failed. {text}")
 
 
 def load_model(
-    checkpoint_dir: str | os.PathLike,
-    step: int | str | None = None,
-    *,
-    custom_objects: Mapping[str, Any] | None = None,
-    compile: bool = True,
-    safe_mode: bool = True,
+    checkpoint_dir: str | os.PathLike, step: int | str | None = None,
+    *, custom_objects: Mapping[str, Any] | None = None, compile: bool = True, safe_mode: bool = True,
 ) -> keras.Model:
     """Rebuilds a saved model, with all its state, from its checkpoint directory alone.
 
@@ -2641,9 +2509,9 @@ def load_model(
         ValueError, TypeError: Keras cannot build the model from its config.
     """
     _check_backend()
-    directory = _usable_directory(checkpoint_dir, {"read_only": True})
+    directory = _usable_directory(checkpoint_dir)
     target_of = functools.partial(_loadable, compile=compile, custom_objects=custom_objects, safe_mode=safe_mode)
-    _wait_for_saves(directory)
+    _wait_for_saves()
     restore = _Restore(directory, ..., target_of, donate=True, own=False)
     if (restored := restore.run(step)) is None:
         raise FileNotFoundError(_nothing_in(directory))
@@ -2729,7 +2597,7 @@ class _Pace:
 
     def count_batch(self, seconds: float) -> None:
         """Counts the time of a batch, which may be longer while a save is being written."""
-        if not self._manager._is_writing:
+        if not self._manager.is_saving_in_progress():
             self._usual.append(seconds)
         elif self._usual:
             self._slower += seconds - statistics.median(self._usual)
@@ -2755,7 +2623,7 @@ class _Pace:
             return batches // self._freq > saved // self._freq
         if self._freq == "auto":
             next_cost = self.cost() * (1 + 1 / max(self.saves, 1))
-            left = math.inf if self._manager._is_writing else self._start + next_cost / self._SHARE - now
+            left = math.inf if self._manager.is_saving_in_progress() else self._start + next_cost / self._SHARE - now
         else:
             left = self._saved_at + self._freq.total_seconds() - now
         if jax.process_count() > 1:  # process 0 decides, asked ever more seldom until the next save
@@ -2834,7 +2702,7 @@ class _Run(keras.callbacks.Callback):
 
     def _check(self) -> None:
         """Before anything is restored, raises what a save would raise, and warns of what cannot resume exactly."""
-        self.manager._start_run()
+        self.manager._prepare()
         for member in self.members:
             member.copy()  # checked again: callbacks may have just opened files, which cannot be saved
         source, is_endless = self.resumable, self.fit.epoch_iterator.steps_per_epoch
@@ -3379,7 +3247,7 @@ def _row(path: epath.Path, record: _Record | None) -> list[str]:
 
 def _look(directory: str, verify: bool) -> bool:
     """Prints what is in a directory. Returns whether everything that was read is intact."""
-    if not (steps := _steps(place := _usable_directory(directory, {"read_only": True}))):
+    if not (steps := _steps(place := _usable_directory(directory))):
         raise FileNotFoundError(_nothing_in(place))
     best, problems, result = _best(_records(steps)), [], "All arrays are intact."
     table = [["step", "epoch", "batch", "saved", "size", "variables", "parameters", "metrics", ""]]
