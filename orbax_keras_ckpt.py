@@ -2524,15 +2524,12 @@ _CALLS = itertools.count(1)  # by this number, JAX's processes agree on a call
 
 
 def _signals(given: Any) -> list[signal.Signals]:
-    try:
+    """The signals in an argument, each once."""
+    signals = [signal.SIGKILL]
+    with contextlib.suppress(TypeError, ValueError):
         signals = [signal.Signals(number) for number in dict.fromkeys(given)]
-    except (TypeError, ValueError):
-        signals = [signal.SIGKILL]
-    if signal.SIGKILL in signals or signal.SIGSTOP in signals:
-        raise ValueError(
-            f"preemption_signals={given!r}: give a tuple of signals that can be caught, such as "
-            "(signal.SIGTERM,), or () for none."
-        )
+    can_be_caught = signal.SIGKILL not in signals and signal.SIGSTOP not in signals
+    _check("preemption_signals", given, can_be_caught, "a tuple of signals that can be caught, or () for none")
     return signals
 
 
@@ -3069,18 +3066,13 @@ def _check_callback_arguments(
     save_freq: Any, monitor: Any, stateful: Any, verbose: Any, options: Mapping[str, Any]
 ) -> None:
     _check_keywords(OrbaxCheckpointCallback, options)
-    if verbose not in (0, 1):
-        raise ValueError(f"verbose={verbose!r}: give 0 or 1.")
-    if options.get("read_only"):
-        raise ValueError("read_only=True: this callback saves. To only restore, use the manager.")
-    if not isinstance(stateful, (list, tuple)):
-        raise ValueError(f"stateful={stateful!r}: give a list or tuple of objects.")
+    _check("verbose", verbose, verbose in (0, 1), "0 or 1")
+    _check("read_only", True, not options.get("read_only"), "it to a manager: this callback saves")
+    _check("stateful", stateful, isinstance(stateful, (list, tuple)), "a list or tuple of objects")
     is_time = isinstance(save_freq, datetime.timedelta)
-    if not (save_freq > datetime.timedelta(0) if is_time else save_freq in ("epoch", "auto") or _is_count(save_freq)):
-        raise ValueError(
-            f'save_freq={save_freq!r}: give "epoch", a number of train batches (1 or more), a datetime.timedelta, '
-            'or "auto".'
-        )
+    is_freq = save_freq > datetime.timedelta(0) if is_time else save_freq in ("epoch", "auto") or _is_count(save_freq)
+    wanted = '"epoch", a number of train batches (1 or more), a datetime.timedelta, or "auto"'
+    _check("save_freq", save_freq, is_freq, wanted)
     if monitor is not None and save_freq != "epoch":
         raise ValueError(f'monitor={monitor!r} needs save_freq="epoch": only epochs have logs to compare.')
 

@@ -2690,7 +2690,7 @@ ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment o
     "monitor": {3: "monitor=3"},
     "preemption_signals": dict.fromkeys([signal.SIGTERM, (signal.SIGKILL,), ("SIGTERM",)], "preemption_signals"),
     "verbose": {7: "verbose=7"},
-    "read_only": {True: "read_only=True: this callback saves"},
+    "read_only": {True: "read_only=True: give it to a manager"},
     "checkpoint_dir": {
         "": "checkpoint_dir=''", None: "checkpoint_dir=None",
         **dict.fromkeys(["s3://bucket/x", pathlib.Path("gs://bucket/x")], "of URLs only gs://bucket/path"),
