@@ -2060,7 +2060,10 @@ def _check_is_shared(directory: epath.Path) -> None:
     if jax.process_index() == 0:
         probe.unlink()
     if not all(is_seen):
-        raise CheckpointError(f"checkpoint_dir={str(directory)!r}: give a directory that all processes share.")
+        raise CheckpointError(
+            f"checkpoint_dir={str(directory)!r}: give a directory that all processes share. Process "
+            f"{is_seen.index(False)} does not see what process 0 writes to this one."
+        )
 
 
 _SAVING: dict[Any, tuple[int, str]] = {}  # managers of this process with a save in progress: its step and id

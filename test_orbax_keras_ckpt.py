@@ -3848,7 +3848,7 @@ def fails_alone(work, victim):
         manager.close()
     with pytest.raises((TypeError, CheckpointError), match="cannot be saved"):
         callback(model, os.path.join(work, "ckpt"), stateful=[Keeper(object() if process == victim else 1)])
-    with pytest.raises(CheckpointError, match="not the same directory for all processes"):
+    with pytest.raises(CheckpointError, match="that all processes share. Process 1 does not see"):
         callback(model, os.path.join(work, f"of {process}"))
 
 
