@@ -2008,7 +2008,8 @@ def _check_arguments(model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor
 def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
     """The absolute path of a directory, or the URL of one in a bucket. ValueError for anything else."""
     path = os.fspath(checkpoint_dir) if isinstance(checkpoint_dir, (str, os.PathLike)) else ""
-    _check("checkpoint_dir", checkpoint_dir, path, "the path of a directory, as str or path-like")
+    is_path = path and isinstance(path, str)
+    _check("checkpoint_dir", checkpoint_dir, is_path, "the path of a directory, as str or path-like")
     _check("checkpoint_dir", path, "\\" not in path, "another path: TensorStore takes a backslash for '/'")
     if not re.match(r"\w+:/", path):
         return epath.Path(os.path.abspath(os.path.expanduser(path)))
@@ -2042,7 +2043,7 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, c
         problem = f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({error!r})"
         raise OSError(getattr(error, "errno", None) or errno.EIO, f"{problem}. {advice}") from error
     is_free = not writes or not _is_committed(directory)
-    _check("checkpoint_dir", str(directory), is_free, "another directory: this is itself a step, and goes with it")
+    _check("checkpoint_dir", str(directory), is_free, "another directory: this is itself a step, to be deleted")
     return directory
 
 
