@@ -205,8 +205,9 @@ _MAKERS: dict[str, Callable[..., Any]] = {  # by name in the JSON; a record of s
 
 def _is_key(value: Any) -> bool:
     """Whether a value is a key of `jax.random`, of the new kind or the old."""
-    is_new = isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key)
-    return is_new or (isinstance(value, jax.Array) and value.dtype == "uint32" and value.size <= 4)
+    if not isinstance(value, jax.Array):
+        return False
+    return jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key) or (value.dtype == "uint32" and value.size <= 4)
 
 
 def _arguments(value: Any) -> tuple[str, Iterable[Any]]:
@@ -773,7 +774,10 @@ def _variables(model: keras.Model, optimizer: bool = True, metrics: bool = False
     _check_paths([each.path for group in _WEIGHTS for each in getattr(model, group)])
     if optimizer:
         if not getattr(model, "compiled", False) or model.optimizer is None:
-            raise ValueError(f"The model {model.name!r} is not compiled. Only weights_only=True works without.")
+            raise ValueError(
+                f"The model {model.name!r} is not compiled. Call model.compile() first; only "
+                "restore_state(weights_only=True) works without."
+            )
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
         paths = _distinct([each.path for each in model.optimizer.variables])
