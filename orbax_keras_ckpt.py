@@ -2005,6 +2005,8 @@ def _check_arguments(model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor
     prefix, best_fn = options.get("step_prefix", "step"), options.get("best_fn", len)
     _check("step_prefix", prefix, isinstance(prefix, str) and re.fullmatch("[^/]+", prefix), "a name without '/'")
     _check("best_fn", best_fn, callable(best_fn), "a function of the metrics")
+    interval = options.get("keep_time_interval", datetime.timedelta(1))
+    _check("keep_time_interval", interval, isinstance(interval, datetime.timedelta), "a datetime.timedelta")
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 
@@ -2139,6 +2141,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         _check_backend()
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # the default of Orbax's options
         _check_arguments(model, max_to_keep, steps_per_epoch, monitor, mode, kwargs)
+        trash = kwargs.get("todelete_full_path")
+        _check("todelete_full_path", trash, not trash or _is_bucket(checkpoint_dir), "todelete_subdir outside buckets")
         _check_seams(model)
         number = None if "preservation_policy" in kwargs else max_to_keep
         given = ocp.CheckpointManagerOptions(max_to_keep=number, **kwargs)

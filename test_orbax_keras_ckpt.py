@@ -2696,6 +2696,8 @@ ARGUMENTS = {  # what is changed in the callback's arguments, and the fragment o
         **dict.fromkeys(["s3://bucket/x", pathlib.Path("gs://bucket/x")], "of URLs only gs://bucket/path"),
     },
     "best_fn": {3: "best_fn=3: give a function"},
+    "keep_time_interval": {3: "keep_time_interval=3: give a datetime.timedelta"},
+    "todelete_full_path": {"trash": "give todelete_subdir"},
     "step_prefix": {3: "step_prefix=3: give a name", "a/b": "give a name without '/'"},
     "step_format_fixed_length": {-1: "step_format_fixed_length=-1: give a number"},
     "model": {"not a model": "give a keras.Model"},
