@@ -1440,15 +1440,16 @@ def _archive(packed: Any, arrays: Sequence[np.ndarray], assets: Mapping[str, byt
 
 def _rows(row: np.ndarray) -> tuple[jax.Array, list[int]]:
     """The rows of all processes as one array, and their lengths without padding."""
-    lengths = _gather(len(row))
-    row, devices = np.pad(row, (0, max(lengths) - len(row)))[None], jax.devices()
+    lengths, devices = _gather(len(row)), jax.devices()
+    if len(row) < max(lengths):
+        row = np.pad(row, (0, max(lengths) - len(row)))
     if jax.process_count() == 1:
         with contextlib.suppress(RuntimeError):  # JAX_PLATFORMS may leave out the CPU
             devices = jax.devices("cpu")
     first = {device.process_index: device for device in reversed(devices)}
     mesh = jax.sharding.Mesh([first[process] for process in sorted(first)], "process")
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("process"))
-    return jax.make_array_from_process_local_data(by_row, row), lengths
+    return jax.make_array_from_process_local_data(by_row, row[None]), lengths
 
 
 def _read_archive(path: epath.Path, record: _Record, process: int = 0) -> zipfile.ZipFile:
