@@ -5,7 +5,7 @@
 # Keras and Orbax ship no types, the seams touch private attributes, and user code may raise anything:
 # mypy: disable-error-code="import-untyped,import-not-found"
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# ruff: noqa: BLE001, TRY004
+# ruff: noqa: BLE001
 """Fault-tolerant training for Keras 3 on JAX, with Orbax underneath.
 
     from orbax_keras_ckpt import OrbaxCheckpointCallback, load_model
