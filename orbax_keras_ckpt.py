@@ -552,8 +552,8 @@ class _Hooked(ocp.CheckpointManager):
         delete = deleter.delete
 
         def marked_delete(step: int) -> None:
-            self._unmark(step)
-            delete(step)
+            if self._unmark(step):
+                delete(step)
 
         deleter.delete = marked_delete
         deleter.delete_steps = functools.partial(self._after_commit, delete=marked_delete)
@@ -2239,13 +2239,20 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 metrics = record.metrics
         return step, datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC), metrics or self._unrated
 
-    def _unmark(self, step: int) -> None:
-        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step."""
+    def _unmark(self, step: int) -> bool:
+        """Removes the commit marker of a step that is about to be deleted, so that it never looks like half a step.
+
+        Returns False for a symbolic link, which alone is deleted: the step belongs to another directory.
+        """
         path = self._committed().get(step)
-        is_moved = self._given.todelete_subdir or self._given.todelete_full_path
-        # A symbolic link leads to a step of another directory. Orbax cannot delete it, and raises.
-        if path is not None and not is_moved and not os.path.islink(path) and jax.process_index() == 0:
+        if path is None or jax.process_index() != 0:
+            return True
+        if os.path.islink(path):
+            path.unlink()
+            return False
+        if not (self._given.todelete_subdir or self._given.todelete_full_path):
             _unmark(path)
+        return True
 
     def _after_commit(self, outdated: Sequence[int], delete: Callable[[int], None]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
