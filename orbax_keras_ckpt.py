@@ -585,12 +585,17 @@ def _layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and all layers in it, outer ones first; in the same order for two models of one config."""
     found: dict[int, keras.layers.Layer] = {}
 
+    def held(value: Any) -> Iterator[Any]:  # sets have no order
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
+            yield from held(each)
+        yield value
+
     def visit(layer: keras.layers.Layer) -> None:
         found[id(layer)] = layer
         tracked = {id(child) for child in layer._layers}  # in the order in which attributes were first set
         own = {"layers": layer.layers} if isinstance(layer, keras.Sequential) else vars(layer)
         names = sorted(own.keys() - {"_layers"}, key=lambda name: (not name.startswith("_"), name))  # Keras's own first
-        for child in keras.tree.flatten([own[name] for name in names if tracked]):
+        for child in held([own[name] for name in names if tracked]):
             if id(child) in tracked and id(child) not in found:
                 visit(child)
 
@@ -1479,9 +1484,10 @@ _COMMITTED = "commit_success.txt"  # marks a step in a bucket as committed
 _STEP = re.compile(
     r"(?:(?P<prefix>.+)_)?(?P<step>\d+)(?:(?P<replaced>\.replaced)|(?P<temporary>\.orbax-checkpoint-tmp.*))?"
 )
-_PART = re.compile(  # the files in a step; pytree and model_config are Keras's
-    rf"{_METADATA}|{_COMMITTED}|(default|run|metrics|pytree|model_config)/({_COMMITTED}|_METADATA|_sharding|"
-    r"manifest\.ocdbt|_strings\.json|metrics|(d|array_metadatas|ocdbt\.process_\d+)/.*)"
+_ENTRIES = (_METADATA, _COMMITTED, "default", "run", "metrics", "pytree", "model_config")  # the last two are Keras's
+_PART = re.compile(  # the files in a step
+    rf"({'|'.join(_ENTRIES[:2])})|({'|'.join(_ENTRIES[2:])})/({_COMMITTED}|_METADATA|_sharding|manifest\.ocdbt|"
+    r"_strings\.json|metrics|(d|array_metadatas|ocdbt\.process_\d+)/.*)"
 )
 
 
@@ -1509,8 +1515,10 @@ def _unmark(path: epath.Path) -> None:
 def _is_step(path: epath.Path) -> bool:
     """Whether a folder is a step, or holds nothing but parts of one; any other is the user's own."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # deleted meanwhile, or a file
-        files = () if _is_committed(path) else _files(path)
-        return all(_PART.fullmatch(file.relative_to(path).as_posix()) for file in files)
+        if _is_committed(path):
+            return True
+        is_known = all(each.name in _ENTRIES for each in _entries(path))
+        return is_known and all(_PART.fullmatch(file.relative_to(path).as_posix()) for file in _files(path))
     return False
 
 
@@ -1914,26 +1922,40 @@ def _last_name(path: str) -> str:
     return _split(path.rpartition("/")[2], ("variable",))[0]
 
 
+def _connections(config: Mapping[str, Any]) -> int:
+    """The number of tensors that layers pass to each other in a model's config."""
+    return json.dumps(config).count('"keras_history"')
+
+
 def _loadable(step: int, record: _Record | None, path: epath.Path, compile: bool, **scope: Any) -> _Target:
-    """The model of a step, rebuilt from its config, and its variables. CheckpointError if there is no config."""
-    if record is None or "error" in record.model:
-        problem = record.model["error"] if record else "another tool wrote it"
-        raise CheckpointError(
-            f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
-            "does, then call KerasOrbaxCheckpointManager.restore_state()."
-        )
-    with _reading(step, path):
-        archive = _read_archive(path, record) if record.run else None
-    try:
-        model = _rebuilt(record, archive, compile, **scope)
-        return model, _variables(model, compile and getattr(model, "optimizer", None) is not None), []
-    except Exception as error:
-        error.add_note(
-            "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or metrics "
-            "are custom; or build the model as its script does, and restore it by "
-            "KerasOrbaxCheckpointManager.restore_state()."
-        )
-        raise
+    """The model of a step, rebuilt from its config, and its variables. CheckpointError if that cannot be done."""
+    problem = "another tool wrote it" if record is None else record.model.get("error")
+    if record is not None and problem is None:
+        connections = _connections(record.model)
+        with _reading(step, path):
+            archive = _read_archive(path, record) if record.run else None
+        try:
+            model = _rebuilt(record, archive, compile, **scope)
+            has_optimizer = compile and getattr(model, "optimizer", None) is not None
+            variables = _variables(model, has_optimizer) if model.built else {}
+        except Exception as error:
+            error.add_note(
+                "Pass custom classes and functions in custom_objects={name: ...}, or compile=False if only loss or "
+                "metrics are custom; or build the model as its script does, and restore it by "
+                "KerasOrbaxCheckpointManager.restore_state()."
+            )
+            raise
+        with contextlib.suppress(Exception), _serialization():  # from a user's get_config()
+            if _connections(keras.saving.serialize_keras_object(model)) != connections:
+                problem = "Keras loses calls of layers that a nested model shares with the model around it"
+        if not model.built:
+            problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
+        if problem is None:
+            return model, variables, []
+    raise CheckpointError(
+        f"Step {step} in {path.parent} cannot be loaded without its code: {problem}. Build the model as its script "
+        "does, then call KerasOrbaxCheckpointManager.restore_state()."
+    )
 
 
 def _unsaved_state(model: keras.Model) -> list[str]:
@@ -2047,6 +2069,8 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, c
     except Exception as error:  # in a bucket, from any of the libraries involved
         if not writes and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(_nothing_in(directory)) from None
+        if isinstance(error, NotADirectoryError) and not writes:
+            advice = "Give the directory of the checkpoints; keras.saving.load_model() reads .keras files"
         problem = f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({error!r})"
         raise OSError(getattr(error, "errno", None) or errno.EIO, f"{problem}. {advice}") from error
     is_free = not writes or not _is_committed(directory)
@@ -2075,23 +2099,24 @@ def _check_is_shared(directory: epath.Path) -> None:
 
 
 _SAVING: dict[Any, tuple[int, str]] = {}  # managers of this process with a save in progress: its step and id
+_FAILED: dict[Any, Exception] = {}  # managers whose save has failed, until they raise that
 _LOCK = threading.RLock()  # saves that are asked for in several threads take turns
 
 
-def _wait_for_saves(besides: Any = None) -> None:
-    """Waits for the saves of this process's managers. A failed one is raised by the manager that started it."""
+def _wait_for_saves(directory: epath.Path | None = None, besides: Any = None) -> None:
+    """Waits for other managers' saves, in a directory or anywhere. A failed one is raised by its own manager."""
     for manager in [each for each in list(_SAVING) if each is not besides]:
-        try:
-            manager.wait_until_finished()
-        except CheckpointError as error:
-            manager._failure = error
+        if directory is None or os.path.realpath(manager.directory) == os.path.realpath(directory):
+            try:
+                manager.wait_until_finished()
+            except Exception as error:
+                _FAILED[manager] = error
 
 
 def _finish_saves() -> None:
     """Waits for all saves when the script ends, and prints their errors: there is no caller left to raise to."""
-    managers = list(_SAVING)
     _wait_for_saves()
-    for error in filter(None, (manager._failure for manager in managers)):
+    for error in _FAILED.values():
         sys.excepthook(type(error), error, error.__traceback__)
 
 
@@ -2156,7 +2181,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._given, self._prefix = given, given.step_prefix
         self._unrated: Any = {} if monitor else None  # ranks as the worst; best_fn is not called without metrics
         self._description: Any = None  # of the model, before it is saved
-        self._failure: Exception | None = None  # of a save, not raised yet
+        self._fitting = False  # while True, the callback asks JAX for signals
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
         self._meetings, self._arrays = _Meetings(), _ArrayHandler(compression)
         handlers = {item: _tree_handler(self._arrays) for item in ("default", "run")}
@@ -2170,7 +2195,6 @@ class KerasOrbaxCheckpointManager(_Hooked):
         waiting = self._given.async_options or ocp.AsyncOptions(create_directories_asynchronously=False)
         if jax.process_count() > 1 and waiting.barrier_sync_fn is None:
             waiting = dataclasses.replace(waiting, barrier_sync_fn=self._meetings)
-        ranking = {"best_fn": self._score, "best_mode": "max"} if self._monitor or self._given.best_fn else {}
         return dataclasses.replace(
             self._given,
             async_options=waiting,
@@ -2179,21 +2203,45 @@ class KerasOrbaxCheckpointManager(_Hooked):
             enable_background_delete=False,  # a save deletes in the background anyway
             prevent_write_metrics=True,
             temporary_path_class=None if _is_bucket(directory) else _FlushedPath,
-            **ranking,
+            **self._retention(),
         )
+
+    def _retention(self) -> dict[str, Any]:
+        """The options that say what is kept, where the given ones do not."""
+        given, policies = self._given, ocp.checkpoint_managers
+        if given.preservation_policy or not (self._monitor or given.best_fn):
+            return {}
+        # Orbax's own best_fn with max_to_keep would delete the newest step if it is not among the best.
+        keeps = given.keep_checkpoints_without_metrics
+        best = policies.BestN(get_metric_fn=self._score, n=given.max_to_keep, keep_checkpoints_without_metrics=keeps)
+        kept: list[Any] = [policies.LatestN(1), best]
+        if given.keep_period:
+            kept.append(policies.EveryNSteps(given.keep_period))
+        if given.keep_time_interval:
+            kept.append(policies.EveryNSeconds(math.ceil(given.keep_time_interval.total_seconds())))
+        replaced = dict.fromkeys(("max_to_keep", "keep_period", "keep_time_interval"))
+        return {"preservation_policy": policies.AnyPreservationPolicy(kept), **replaced}
 
     def _score(self, metrics: Mapping[str, float]) -> float:
         """The score of a checkpoint: higher is better, NaN and missing metrics are worst."""
-        name, mode = self._monitored() or (self._given.best_fn, self._given.best_mode)
+        name, mode = self._best_by() or ("", "max")
         value = _rated(metrics, name)
         return -math.inf if math.isnan(value) else value if mode == "max" else -value
 
+    def _best_by(self) -> Any:
+        """What decides which checkpoint is best, and "min" or "max"; None if that is not given."""
+        given = self._given
+        return self._monitored() or ((given.best_fn, given.best_mode) if given.best_fn else None)
+
     def _monitored(self) -> list[str] | None:
-        """What decides which checkpoint is best, and "min" or "max"; None without `monitor`."""
+        """The monitored metric, and "min" or "max"; None without `monitor`."""
         if self._monitor is None:
             return None
         if self._mode == "auto":
             self._mode = _direction(self._model, self._monitor) or "auto"
+        if self._mode == "auto":  # before its first fit, the model does not know its metrics
+            saved = [record.monitor for _, record in sorted(_records(self._committed()).items()) if record.monitor]
+            self._mode = dict(saved).get(self._monitor, "auto")  # as the newest that names it
         if self._mode == "auto":
             raise ValueError(
                 f'mode="auto": the model\'s metrics do not say whether a high or a low {self._monitor!r} is better. '
@@ -2209,9 +2257,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return max([*self._committed(), *_SAVING.get(self, ())[:1]], default=None)
 
     def best_step(self) -> int | None:
-        """The best step by `best_fn`, or by what the newest checkpoint monitored; None if there is none."""
-        best_by = (self._given.best_fn, self._given.best_mode) if self._given.best_fn else None
-        return _best(_records(_steps(self.directory, self._prefix)), best_by)
+        """The best step by `monitor`, `best_fn` or what the newest checkpoint monitored; None if there is none."""
+        return _best(_records(_steps(self.directory, self._prefix)), self._best_by())
 
     def is_saving_in_progress(self) -> bool:
         """Whether a save is being written."""
@@ -2254,11 +2301,15 @@ class KerasOrbaxCheckpointManager(_Hooked):
             _unmark(path)
         return True
 
+    def reached_preemption(self, step: int) -> bool:
+        """As in Orbax, but False while `fit` runs with OrbaxCheckpointCallback, which asks JAX itself."""
+        # JAX's processes agree on a call number, one above the highest so far. Orbax would ask with other numbers.
+        return not self._fitting and super().reached_preemption(step)
+
     def _after_commit(self, outdated: Sequence[int], delete: Callable[[int], None]) -> None:
         """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
         if jax.process_index() == 0:
-            newest = max(self._committed())  # is kept even if it is not among the best
-            work = [functools.partial(delete, step) for step in outdated if step != newest]
+            work = [functools.partial(delete, step) for step in outdated]
             for action in [*work, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
                 try:
                     action()
@@ -2331,10 +2382,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         `own` is the state of this process, as for `_packed`; `notes` are further fields of the record.
         """
         with _LOCK:
-            _wait_for_saves(besides=self)
-            with _agreed():
-                if jax.process_index() == 0:
-                    self._make_room(step)
+            _wait_for_saves(self.directory, besides=self)
+            self._make_room(step)
             if not force and not self.should_save(step):
                 return False
             self.wait_until_finished()
@@ -2389,24 +2438,33 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _make_room(self, step: int) -> None:
         """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
-        if not _is_bucket(self.directory) and not self.directory.exists():  # Orbax would create it again
-            raise CheckpointError(f"Saving step {step} has failed: {self.directory} has been removed.")
-        if (newest := self.latest_step()) is not None and step <= newest:
-            self.wait_until_finished()  # raises if the newest step is a save that has failed since
-            path = self._committed().get(step)
-            record = _records({step: path}).get(step) if path else None
-            if step != newest or path is None or record is None or not record.unfinished:
+        if step <= self._agreed_latest_step():
+            with _agreed():
+                self.wait_until_finished()  # raises if the newest step is a save that has failed since
+                path = self._committed().get(step)
+                record = _records({step: path}).get(step) if path and step == self.latest_step() else None
+                if path and record and record.unfinished and jax.process_index() == 0:
+                    _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
+                    _set_aside(path, ".replaced")
+            if step <= (newest := self._agreed_latest_step()):
                 raise ValueError(
                     f"Step {step} is not above {newest}, the newest in {self.directory}. Nothing was saved. If another "
                     "run saves there too, use another directory; otherwise, continue with a later epoch."
                 )
-            _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
-            _set_aside(path, ".replaced")
-        for path in _entries(self.directory):  # Orbax would delete what is in its way
-            match = _STEP.fullmatch(path.name)
-            name = match and (match["prefix"], int(match["step"]), match["temporary"])
-            if name == (self._prefix, step, None) and not _is_step(path):
-                raise CheckpointError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
+        with _agreed():
+            if not _is_bucket(self.directory) and not self.directory.exists():  # Orbax would create it again
+                raise CheckpointError(f"Saving step {step} has failed: {self.directory} has been removed.")
+            for path in _entries(self.directory):  # Orbax would delete what is in its way
+                match = _STEP.fullmatch(path.name)
+                name = match and (match["prefix"], int(match["step"]), match["temporary"])
+                if name == (self._prefix, step, None) and not _is_step(path):
+                    raise CheckpointError(f"{path} is in the way, and is not a checkpoint. Move it elsewhere.")
+
+    def _agreed_latest_step(self) -> int:
+        """The newest step as process 0 sees it, which may rename one before others look; -1 if there is none."""
+        with _agreed():
+            newest = self.latest_step()
+        return _gather(-1 if newest is None else newest)[0]
 
     def _numbers(self, metrics: Mapping[str, Any] | None, step: int) -> dict[str, float]:
         """The metrics that are numbers. Warns if the monitored one is missing, unless there are none yet."""
@@ -2457,7 +2515,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def _restore(self, step: int | str | None, target_of: Callable[..., _Target], **how: Any) -> _Restored | None:
         """Runs a `_Restore`; `how` are its `strict`, `donate` and `own`."""
         with _agreed():
-            _wait_for_saves(besides=self)
+            _wait_for_saves(self.directory, besides=self)
             self.wait_until_finished()
         how |= {"sets_aside": not self._given.read_only, "best_step": self.best_step}
         return _Restore(self.directory, self._prefix, target_of, **how).run(step)
@@ -2465,15 +2523,13 @@ class KerasOrbaxCheckpointManager(_Hooked):
     def wait_until_finished(self) -> None:
         """Waits until every save is committed. Raises CheckpointError if one has failed: its step does not exist."""
         with _LOCK:
-            failure, self._failure = self._failure, None
-            if failure is not None:
+            if failure := _FAILED.pop(self, None):
                 raise failure
             try:
                 super().wait_until_finished()
             except Exception as error:
                 self._end_failed(error, *_SAVING.pop(self, (-1, "")))
-            if _SAVING.pop(self, None):
-                self.reload()  # Orbax takes the newest step for deleted if it is not among the best
+            _SAVING.pop(self, None)
 
     def _end_failed(self, error: Exception, step: int, save: str) -> None:
         """Raises for a failed save, given by its id; only warns if the step was committed nevertheless."""
@@ -2531,7 +2587,7 @@ def load_model(
     _check_backend()
     directory = _usable_directory(checkpoint_dir)
     target_of = functools.partial(_loadable, compile=compile, custom_objects=custom_objects, safe_mode=safe_mode)
-    _wait_for_saves()
+    _wait_for_saves(directory)
     restore = _Restore(directory, ..., target_of, donate=True, own=False)
     if (restored := restore.run(step)) is None:
         raise FileNotFoundError(_nothing_in(directory))
@@ -2715,6 +2771,8 @@ class _Run(keras.callbacks.Callback):
         *others, metrics = _train_state(self._model)
         self.before_batch = _references(others), _copies(metrics)
         self.preemption = _Preemption(self.callback._signals, self.undo)
+        self.manager._fitting = _jax_owns_sigterm()
+        self.undo.callback(setattr, self.manager, "_fitting", False)
         _watch_fit(self._model, self.fit, self.steps, self._end_training, self.end)
 
     def _check(self) -> None:
@@ -2999,7 +3057,8 @@ class _Run(keras.callbacks.Callback):
         if is_complete:
             self.callback._done = max(self.callback._done[0], fit.epochs), self._model.optimizer
             self.callback._training = None
-            self.manager._failure = failure  # raised by on_train_end
+            if failure is not None:
+                _FAILED[self.manager] = failure  # raised by on_train_end
             return
         if failure is not None:  # not to hide the first error
             _warn(f"The last save failed as well: {failure!r}")

@@ -1586,10 +1586,12 @@ def test_folders_of_the_user_are_left_alone_whatever_their_names_and_refused_whe
         (tmp_path / name).write_text("mine")
     save(model, tmp_path / "3/run", 0, 1)
     save(model, tmp_path / "0")
+    (tmp_path / "4/plots").mkdir()
+    (tmp_path / "8/plots").mkdir(parents=True)
     before = contents(tmp_path)
     manager = save(model, tmp_path, 5, 6, max_to_keep=1)
     assert manager.restore_state() == 6
-    assert before.items() <= contents(tmp_path).items() and names(tmp_path) == ["0", "1", "2", "3", "4", "6", "7"]
+    assert before.items() <= contents(tmp_path).items() and names(tmp_path) == [*"01234678"]
     message = ".*/7 is in the way, and is not a checkpoint"
     with unchanged(model, tmp_path), pytest.raises(CheckpointError, match=message):
         manager.save_state(7)
@@ -3079,6 +3081,39 @@ def test_load_model_finds_layers_by_the_attributes_that_hold_them(tmp_path):
     assert_equal([loaded.predict(X, verbose=0)], [model.predict(X, verbose=0)])
 
 
+class Bag(layers.Layer):
+    """Holds its layers in a collection of its own."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__(**kwargs)
+        made = [layers.Dense(6, activation=name) for name in ("tanh", "relu", "sigmoid")]
+        self.kind, self.parts = kind, set(made) if kind == "set" else dict(zip((1, "a", (2,)), made))
+
+    def each(self):
+        return self.parts.values() if self.kind == "dict" else self.parts
+
+    def build(self, shape):
+        for layer in self.each():
+            layer.build(shape)
+
+    def call(self, x):
+        return sum(layer(x) for layer in self.each())
+
+    def get_config(self):
+        return super().get_config() | {"kind": self.kind}
+
+
+def test_layers_in_a_dictionary_of_odd_keys_are_loaded_and_those_in_a_set_refused(tmp_path):
+    model = stacked(Bag("dict"), layers.Dense(1))
+    fit(model, 1, callback(model, tmp_path / "dict"))
+    loaded = load_model(tmp_path / "dict", custom_objects={"Bag": Bag})
+    assert_equal([loaded.predict(X, verbose=0)], [model.predict(X, verbose=0)])
+    model = stacked(Bag("set"), layers.Dense(1))
+    fit(model, 1, callback(model, tmp_path / "set"))
+    with pytest.raises(CheckpointMismatchError):
+        load_model(tmp_path / "set", custom_objects={"Bag": Bag})
+
+
 def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
     code = stacked(layers.Lambda(lambda x: x * 2), layers.Dense(1))
     for name, model in (("subclassed", compiled(Subclassed())), ("none", compiled(NoConfig())), ("code", code)):
@@ -3092,6 +3127,13 @@ def test_load_model_says_why_it_cannot_rebuild_a_model(tmp_path):
         load_model(tmp_path / "none")
     again = compiled(NoConfig())
     assert fit(again, 2, callback(again, tmp_path / "none")).epoch == [0, 1]  # but it is resumed
+    shared, sequential = layers.Dense(6), keras.Sequential([layers.Dense(6)])
+    first, second = keras.Input((6,)), keras.Input((6,))
+    deep = keras.Model(second, shared(second))
+    lost = compiled(keras.Model(first, deep(sequential(shared(shared(first))))))  # Keras rebuilds one call less
+    save(lost, tmp_path / "lost")
+    with pytest.raises(CheckpointError, match="cannot be loaded without its code: Keras loses calls of layers"):
+        load_model(tmp_path / "lost")
     GuidesCallback(code, tmp_path / "foreign").on_epoch_end(0)
     with pytest.raises(CheckpointError, match="cannot be loaded without its code: another tool wrote it"):
         load_model(tmp_path / "foreign")
