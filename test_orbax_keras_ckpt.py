@@ -2564,6 +2564,13 @@ def test_signal_to_one_process_stops_all_at_one_batch_and_the_rerun_equals_the_u
     assert len(record_of(work / "ckpt/2")["run"]) == 2 and set(names(work / "ckpt/2")) >= {"default", "run"}
 
 
+def test_signal_right_after_a_save_stops_all_processes(tmp_path):
+    """Orbax asks JAX for signals too, with other numbers than the callback."""
+    logs = run_together(tmp_path, "trains", "data", place=(1, "begins", 0), expected=143)
+    left = [int(re.search(r"left after batch (\d+)", log)[1]) for log in logs]
+    assert left[0] == left[1] <= TOGETHER + 2
+
+
 def test_run_killed_on_two_processes_goes_on_with_one_and_the_other_way_round(tmp_path):
     began = time.monotonic()
     run_together(tmp_path, "trains", "data", place=(1, "train", 3, "SIGKILL"), heartbeat=10, expected=None)
@@ -2611,7 +2618,7 @@ def test_write_that_fails_on_one_process_alone_fails_on_all_and_none_waits(victi
     began = time.monotonic()
     run_together(tmp_path, "fails_alone", victim)
     assert time.monotonic() - began < 90
-    assert names(tmp_path / "ckpt") == names(tmp_path / "waiting") == ["1"]
+    assert names(tmp_path / "ckpt") == names(tmp_path / "waiting") == ["0", "1"]
 
 
 def test_checkpoint_of_two_processes_restores_onto_other_devices_axes_and_layouts_and_back(together, tmp_path):
@@ -3836,6 +3843,8 @@ def trains(work, layout, *, place=None, checkpoint=True, pause=0, freq="epoch", 
         if not started:
             started.append(epoch)
             np.savez(os.path.join(work, f"start_{process}.npz"), **gathered(model))
+        if place and place[:2] == (epoch, "begins"):
+            time.sleep(3)  # by then, JAX has told all processes of the signal
 
     def pass_time(batch, logs=None):
         time.sleep(pause)
@@ -3886,7 +3895,10 @@ def fails_alone(work, victim):
         manager = KerasOrbaxCheckpointManager(model, os.path.join(work, name), **options)
         failing = full_disk(12_000) if process == victim else contextlib.nullcontext()
         with failing, pytest.raises(CheckpointError, match="(?s)Saving step 0.*File too large"):
-            commit(manager, 0)
+            commit(manager, 0, 0)  # the second raises what became of the first
+        commit(manager, 0)
+        with pytest.raises(ValueError, match="Step 0 is not above 0"):  # not the error of another process
+            manager.save_state(0)
         commit(manager, 1)
         manager.close()
     with pytest.raises((TypeError, CheckpointError), match="cannot be saved"):
