@@ -1946,7 +1946,8 @@ def _loadable(step: int, record: _Record | None, path: epath.Path, compile: bool
             )
             raise
         with contextlib.suppress(Exception), _serialization():  # from a user's get_config()
-            if _connections(keras.saving.serialize_keras_object(model)) != connections:
+            rebuilt: Any = keras.saving.serialize_keras_object(model)
+            if _connections(rebuilt) != connections:
                 problem = "Keras loses calls of layers that a nested model shares with the model around it"
         if not model.built:
             problem = "it does not say for which shapes to build the model, see keras.Model.get_build_config()"
