@@ -435,8 +435,11 @@ def _watch_fit(model: keras.Model, fit: _Fit, batches: Callable, trained: Callab
     vars(model)["jax_state_sync"] = jax_state_sync
 
 
-def _unwatch_fit(model: keras.Model) -> None:
+def _unwatch_fit(model: keras.Model, earlier: Any) -> None:
+    """Ends `_watch_fit`; `earlier` is the `jax_state_sync` that a `fit` around this one has set."""
     vars(model).pop("jax_state_sync", None)
+    if earlier is not None:
+        vars(model)["jax_state_sync"] = earlier
     model._initial_epoch = None
 
 
@@ -461,18 +464,23 @@ def _count_as_seen(fit: _Fit, batches: int) -> None:
     fit.epoch_iterator._steps_seen += batches
 
 
-@contextlib.contextmanager
-def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Iterator[None]:
-    """Makes a step of `fit` return `logs`, change nothing and call no callbacks."""
+def _let_pass(model: keras.Model, fit: _Fit, logs: Any) -> Callable[[], None]:
+    """Makes the next step of `fit` return `logs`, change nothing and call no callbacks. Returns the undo."""
     # If only the validation of an epoch is left, fit still needs the logs of its last step.
     callbacks, train_function = fit.callbacks, model.train_function
-    model.train_function = lambda state, iterator: (logs, state)
-    callbacks.on_train_batch_begin = callbacks.on_train_batch_end = lambda batch, logs=None: None
-    try:
-        yield
-    finally:
-        model.train_function = train_function
-        del callbacks.on_train_batch_begin, callbacks.on_train_batch_end
+
+    def step(state: tuple, iterator: Iterator) -> tuple:
+        return logs, state
+
+    def undo(*args: Any, **kwargs: Any) -> None:
+        if model.train_function is step:
+            model.train_function = train_function
+        for name in ("on_train_batch_begin", "on_train_batch_end"):
+            vars(callbacks).pop(name, None)
+
+    model.train_function = step
+    callbacks.on_train_batch_begin, callbacks.on_train_batch_end = lambda batch, logs=None: None, undo
+    return undo
 
 
 def _are_averages_in(fit: _Fit, states: Iterable[bool] | None = None) -> list[bool]:
@@ -1056,6 +1064,9 @@ class _Stateful:
                 f"{self.label} is a data iterator. Keras reads ahead of training, so its state is ahead of the batch "
                 "trained next. Leave it out of stateful, and pass `checkpoint.resumable(iterator)` to fit."
             )
+        has_slots = any(vars(kind).get("__slots__") for kind in type(member).__mro__)
+        if methods is None and has_slots and isinstance(member, keras.callbacks.Callback):
+            raise TypeError(f"{self.label} has __slots__, which are not saved. Give it get_state and set_state.")
         own: tuple[Callable, Callable] = self._changed, self._set_changed
         self.get, self._put = methods or own
         self._initial: dict[str, Any] = {}
@@ -1130,9 +1141,14 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
 
 def _drawing(value: Any) -> list[Any]:
     """The states of the random generators in a value, also those in lists and dictionaries and of Keras layers."""
-    states: list[Any] = []
-    for leaf in jax.tree.leaves(value):
-        if type(leaf) in _GENERATORS:
+    parts, seen, states = [value], set(), []
+    for leaf in parts:  # the list grows while it is read
+        if isinstance(leaf, _PLAIN) or id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
+        if isinstance(leaf, (list, tuple, dict)):
+            parts += leaf.values() if isinstance(leaf, dict) else leaf
+        elif type(leaf) in _GENERATORS:
             states.append(_GENERATORS[type(leaf)][0](leaf))
         elif isinstance(leaf, (keras.layers.Layer, keras.random.SeedGenerator)):
             held = leaf.variables if isinstance(leaf, keras.layers.Layer) else [leaf.state]
@@ -2748,7 +2764,7 @@ class _Run(keras.callbacks.Callback):
             raise
 
     def _begin(self) -> None:
-        self.undo.callback(_unwatch_fit, self._model)
+        self.undo.callback(_unwatch_fit, self._model, vars(self._model).get("jax_state_sync"))
         with _agreed():
             self._check()
         rate = _learning_rate(self._model)
@@ -2995,8 +3011,8 @@ class _Run(keras.callbacks.Callback):
                 variable.assign(value)
         self._put_back(self.restored.own)
         if self.start.batch:  # fit needs logs, if only validation is left
-            with _let_pass(self._model, self.fit, self.restored.own["logs"]):
-                yield (*place, self.reader)
+            self.undo.callback(_let_pass(self._model, self.fit, self.restored.own["logs"]))
+            yield (*place, self.reader)
 
     # Validation, and the end of an epoch.
 

@@ -1260,6 +1260,7 @@ def test_datasets_and_members_that_cannot_be_followed_are_named_at_the_first_fit
         with pytest.warns(UserWarning, match=message):
             run(data, **options)
     run(Plain("noise"), paths=np.array(["a", "b"], dtype=object), shape=Point(1, 2), tokens=object())  # never changed
+    run(Plain("noise"), keyed={None: object(), "a": [{1: object(), "b": 2}]})
     run(Own())
     run(data := Own(), stateful=[data])
 
@@ -1689,6 +1690,10 @@ def keep(directory, state=None):
     return values(model), keeper.state
 
 
+class Slotted(keras.callbacks.Callback):
+    __slots__ = ("count",)
+
+
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path, monkeypatch):
     def without_cpu(**backend):  # as with JAX_PLATFORMS=cuda
         if backend:
@@ -1713,6 +1718,8 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
     with pytest.raises(TypeError, match=r"attribute '.*' of stateful\[0\] \(CSVLogger\) cannot be saved"):
         fit(model, 1, logger, callback(model, tmp_path / "new", stateful=[logger]))
     logger.csv_file.close()
+    with pytest.raises(TypeError, match=r"stateful\[0\] \(Slotted\) has __slots__, which are not saved"):
+        callback(model, tmp_path / "new", stateful=[Slotted()])
     for odd in (np.zeros(2, "i4, f8"), collections.defaultdict(lambda: 1), [np.array([object()])]):
         vars(member := keras.callbacks.Callback())["odd"] = odd
         with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"):
@@ -2094,6 +2101,26 @@ def test_nothing_is_left_however_fit_ends_and_what_was_saved_is_committed(is_las
         assert fit(model, 1).epoch == [0]
         fit(model, 6, checkpoint)
         assert fit(model, 2).epoch == [0, 1]
+
+
+def test_fit_that_stops_at_the_step_that_changes_nothing_leaves_none_of_it(tmp_path, model):
+    leave(model, tmp_path, (1, "train", 2))
+    again = dense_model()
+    gc.disable()  # which might clean up
+    try:
+        fit(again, 3, callback(again, tmp_path), on(on_epoch_begin=lambda *_: setattr(again, "stop_training", True)))
+        before = values(again)
+        fit(again, 1)
+    finally:
+        gc.enable()
+    assert not np.array_equal(values(again)[0], before[0])
+
+
+def test_fit_inside_a_fit_of_the_same_model_leaves_the_outer_one_its_end(tmp_path, model):
+    earlier = signal.getsignal(signal.SIGTERM)
+    inner = on(on_epoch_end=lambda epoch, logs: epoch or fit(model, 1, callback(model, tmp_path / "inner")))
+    fit(model, 2, inner, callback(model, tmp_path / "outer"))
+    assert signal.getsignal(signal.SIGTERM) is earlier and "jax_state_sync" not in vars(model)
 
 
 def test_nothing_is_left_when_keras_itself_cannot_end_fit(tmp_path, model):
