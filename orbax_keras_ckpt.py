@@ -589,21 +589,28 @@ def _before_threads_stop(function: Callable[[], None]) -> None:
     vars(threading)["_register_atexit"](function)  # atexit would run too late
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lists, tuples and dictionaries hold, at any depth and in their order, which sets do not have."""
+    parts, seen = [value], set()
+    while parts:
+        part = parts.pop()
+        if not isinstance(part, (list, tuple, dict)):
+            yield part
+        elif id(part) not in seen:
+            seen.add(id(part))
+            parts += reversed([*(part.values() if isinstance(part, dict) else part)])
+
+
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The model and all layers in it, outer ones first; in the same order for two models of one config."""
     found: dict[int, keras.layers.Layer] = {}
 
-    def held(value: Any) -> Iterator[Any]:  # sets have no order
-        for each in value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ():
-            yield from held(each)
-        yield value
-
     def visit(layer: keras.layers.Layer) -> None:
         found[id(layer)] = layer
-        tracked = {id(child) for child in layer._layers}  # in the order in which attributes were first set
+        tracked = {id(child) for child in layer._layers}
         own = {"layers": layer.layers} if isinstance(layer, keras.Sequential) else vars(layer)
         names = sorted(own.keys() - {"_layers"}, key=lambda name: (not name.startswith("_"), name))  # Keras's own first
-        for child in held([own[name] for name in names if tracked]):
+        for child in _leaves([own[name] for name in names if tracked]):
             if id(child) in tracked and id(child) not in found:
                 visit(child)
 
@@ -1141,14 +1148,9 @@ def _fingerprint(batch: Any) -> dict[str, Any]:
 
 def _drawing(value: Any) -> list[Any]:
     """The states of the random generators in a value, also those in lists and dictionaries and of Keras layers."""
-    parts, seen, states = [value], set(), []
-    for leaf in parts:  # the list grows while it is read
-        if isinstance(leaf, _PLAIN) or id(leaf) in seen:
-            continue
-        seen.add(id(leaf))
-        if isinstance(leaf, (list, tuple, dict)):
-            parts += leaf.values() if isinstance(leaf, dict) else leaf
-        elif type(leaf) in _GENERATORS:
+    states: list[Any] = []
+    for leaf in _leaves(value):
+        if type(leaf) in _GENERATORS:
             states.append(_GENERATORS[type(leaf)][0](leaf))
         elif isinstance(leaf, (keras.layers.Layer, keras.random.SeedGenerator)):
             held = leaf.variables if isinstance(leaf, keras.layers.Layer) else [leaf.state]
@@ -2011,6 +2013,7 @@ def _check(name: str, value: Any, is_valid: Any, wanted: str) -> None:
 
 
 _OURS = ("max_to_keep", "step_name_format", "temporary_path_class", "prevent_write_metrics", "lightweight_initialize")
+_COUNTS = ("save_interval_steps", "keep_period", "step_format_fixed_length")
 _ELSEWHERE = {  # arguments of other callbacks, and what to use here instead
     "filepath": "The directory is checkpoint_dir.",
     "save_best_only": "Give monitor='val_loss' and max_to_keep=1: the best checkpoint is kept, and the newest.",
@@ -2040,13 +2043,15 @@ def _check_arguments(model: Any, max_to_keep: Any, steps_per_epoch: Any, monitor
     _check("monitor", monitor, is_name, "the name of a metric, as in the logs of fit, or None")
     _check("mode", mode, mode in ("auto", "min", "max"), '"min", "max" or "auto"')
     _check_keywords(KerasOrbaxCheckpointManager, options)
-    for name in options.keys() & {"save_interval_steps", "keep_period", "step_format_fixed_length"}:
-        _check(name, options[name], _is_count(options[name]), "a number, 1 or more")
-    prefix, best_fn = options.get("step_prefix", "step"), options.get("best_fn", len)
-    _check("step_prefix", prefix, isinstance(prefix, str) and re.fullmatch("[^/]+", prefix), "a name without '/'")
-    _check("best_fn", best_fn, callable(best_fn), "a function of the metrics")
-    interval = options.get("keep_time_interval", datetime.timedelta(1))
-    _check("keep_time_interval", interval, isinstance(interval, datetime.timedelta), "a datetime.timedelta")
+    checks: dict[str, tuple[Callable[[Any], Any], str]] = {
+        **dict.fromkeys(_COUNTS, (_is_count, "a number, 1 or more")),
+        "step_prefix": (lambda value: isinstance(value, str) and re.fullmatch("[^/]+", value), "a name without '/'"),
+        "best_fn": (callable, "a function of the metrics"),
+        "keep_time_interval": (lambda value: isinstance(value, datetime.timedelta), "a datetime.timedelta"),
+    }
+    for name in options.keys() & checks.keys():
+        is_valid, wanted = checks[name]
+        _check(name, options[name], is_valid(options[name]), wanted)
     if monitor is not None and (clash := sorted(options.keys() & {"best_fn", "best_mode", "preservation_policy"})):
         raise ValueError(f"monitor={monitor!r} and {', '.join(clash)} both say what to keep. Give one of them.")
 

@@ -1690,10 +1690,6 @@ def keep(directory, state=None):
     return values(model), keeper.state
 
 
-class Slotted(keras.callbacks.Callback):
-    __slots__ = ("count",)
-
-
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path, monkeypatch):
     def without_cpu(**backend):  # as with JAX_PLATFORMS=cuda
         if backend:
@@ -1710,6 +1706,10 @@ def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_mak
     python, legacy = keep(tmp_path / "generators")[1]
     assert [python.random(), legacy.random()] == [random.Random(1).random(), np.random.RandomState(2).random()]
     assert names(tmp_path / "many/0") == ["_CHECKPOINT_METADATA", *names(tmp_path / "small/0")[1:], "run"]
+
+
+class Slotted(keras.callbacks.Callback):
+    __slots__ = ("count",)
 
 
 def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path):
