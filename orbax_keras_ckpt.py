@@ -255,7 +255,10 @@ def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.n
             return pack(default(value))
         return {name: [pack(argument) for argument in arguments]}
 
-    return pack(value), arrays
+    try:
+        return pack(value), arrays
+    except RecursionError:
+        raise TypeError("it contains itself") from None
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
@@ -1321,6 +1324,19 @@ def _kvstore(directory: epath.Path, name: str) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": base, "path": name, "cache_pool": "cache_pool#ocdbt"}
 
 
+def _on_host(arrays: list[jax.Array]) -> list[np.ndarray]:
+    """The values of arrays, each on one device, in the memory of the host."""
+    if jax.default_backend() != "cpu":
+        try:  # a GPU copies into pinned memory 15 times as fast, and JAX keeps that memory for the next save
+            pinned = [array.sharding.with_memory_kind("pinned_host") for array in arrays]
+            arrays = jax.block_until_ready(jax.device_put(arrays, pinned, may_alias=False))
+        except (jax.errors.JaxRuntimeError, ValueError):  # too little of it is free, or there is none
+            for array in arrays:
+                array.copy_to_host_async()
+    # Views of pinned memory and of that of the CPU. What numpy refers to is not reused, even if the array is donated.
+    return [np.asarray(array) for array in arrays]
+
+
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     """Writes the arrays of a tree."""
 
@@ -1334,10 +1350,8 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
     async def serialize(self, values: Sequence[jax.Array], infos: Sequence[Any], args: Any = None) -> list:
         """Copies the values to the host; they are written in the background."""
         shards = [[shard for shard in array.addressable_shards if shard.replica_id == 0] for array in values]
-        for shard in itertools.chain(*shards):
-            shard.data.copy_to_host_async()
-        # On the CPU these are views. JAX does not reuse memory that numpy refers to, even if the array is donated.
-        parts = [[(shard.index, np.asarray(shard.data)) for shard in own] for own in shards]
+        copies = iter(_on_host([shard.data for shard in itertools.chain(*shards)]))
+        parts = [[(shard.index, next(copies)) for shard in own] for own in shards]
         specs = {info.name: self._spec(array) for info, array in zip(infos, values)}
         shardings = {info.name: array.sharding for info, array in zip(infos, values)}
         writing = self._write(infos[0], specs, shardings, parts)

@@ -1691,12 +1691,12 @@ def keep(directory, state=None):
 
 
 def test_ten_thousand_arrays_of_one_object_come_back_in_order_and_small_ones_make_no_folder(tmp_path, monkeypatch):
-    def without_cpu(**backend):  # as with JAX_PLATFORMS=cuda
+    def without_cpu(*backend):  # as with JAX_PLATFORMS=cuda
         if backend:
             raise RuntimeError("Unknown backend cpu")
-        return jax.devices()
+        return jax.local_devices()
 
-    monkeypatch.setattr(jax, "local_devices", without_cpu)
+    monkeypatch.setattr(jax, "devices", without_cpu)
     many = [np.array([i, -i]) for i in range(10_050)]
     small = {"random": np.arange(624, dtype=np.uint32), 3: (1.5, None, b"x")}
     for name, state in (("many", many), ("small", small)):
@@ -1720,7 +1720,8 @@ def test_stateful_objects_that_cannot_be_saved_or_do_not_fit_are_named(tmp_path)
     logger.csv_file.close()
     with pytest.raises(TypeError, match=r"stateful\[0\] \(Slotted\) has __slots__, which are not saved"):
         callback(model, tmp_path / "new", stateful=[Slotted()])
-    for odd in (np.zeros(2, "i4, f8"), collections.defaultdict(lambda: 1), [np.array([object()])]):
+    (ring := []).append(ring)
+    for odd in (np.zeros(2, "i4, f8"), collections.defaultdict(lambda: 1), [np.array([object()])], ring):
         vars(member := keras.callbacks.Callback())["odd"] = odd
         with pytest.raises(TypeError, match=r"attribute 'odd' of stateful\[0\] \(Callback\) cannot be saved"):
             callback(model, tmp_path / "new", stateful=[member])
@@ -2664,6 +2665,33 @@ def test_checkpoint_of_two_processes_restores_onto_other_devices_axes_and_layout
     assert loaded.layers[0].words == ["one"]
     assert_same_values(gathered(loaded), saved)
     assert is_intact(directory)
+
+
+@pytest.mark.parametrize("is_full", [False, True], ids=["", "of which there is too little"])
+def test_on_an_accelerator_a_save_goes_through_pinned_memory(tmp_path, monkeypatch, is_full):
+    """Here the CPU stands for one. What is trained at once, while the save is on its way, uses the arrays up."""
+    copied, put = [], jax.device_put
+
+    def device_put(arrays, to, **options):
+        copied.extend(each.memory_kind for each in to)
+        if is_full:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return put(arrays, to, **options)
+
+    model = dense_model()
+    fit(model, 1)
+    manager, expected = KerasOrbaxCheckpointManager(model, tmp_path), values(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(jax, "device_put", device_put)
+        assert manager.save_state(0)
+    fit(model, 1)
+    with pytest.raises(AssertionError):
+        assert_equal(values(model), expected)
+    assert manager.restore_state() == 0
+    assert_equal(values(model), expected)
+    has_pinned = "pinned_host" in [memory.kind for memory in jax.devices()[0].addressable_memories()]  # not on JAX 0.7
+    assert copied == ["pinned_host"] * len(expected) * has_pinned
 
 
 # --------------------------------------------------------------------------------------- P10: early, clear errors
