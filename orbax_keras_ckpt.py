@@ -2120,11 +2120,13 @@ def _check_is_shared(directory: epath.Path) -> None:
     with _agreed():
         if jax.process_index() == 0:
             probe.write_text("")
-    for _ in range(100):  # a network file system may lag
-        if probe.exists():
-            break
-        time.sleep(0.1)
-    is_seen = _gather(probe.exists())
+    is_there = False
+    with _agreed():
+        for _ in range(100):  # a network file system may lag
+            if is_there := probe.exists():
+                break
+            time.sleep(0.1)
+    is_seen = _gather(is_there)
     if jax.process_index() == 0:
         probe.unlink()
     if not all(is_seen):
@@ -3250,18 +3252,10 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
     """
 
     def __init__(
-        self,
-        model: keras.Model,
-        checkpoint_dir: str | os.PathLike,
-        max_to_keep: int | None = 5,
-        steps_per_epoch: int = 1,
-        *,
-        save_freq: str | int | datetime.timedelta = "epoch",
-        monitor: str | None = None,
-        mode: str = "auto",
-        stateful: Sequence[Any] = (),
-        preemption_signals: Iterable[int] = (signal.SIGTERM,),
-        verbose: int = 1,
+        self, model: keras.Model, checkpoint_dir: str | os.PathLike,
+        max_to_keep: int | None = 5, steps_per_epoch: int = 1, *,
+        save_freq: str | int | datetime.timedelta = "epoch", monitor: str | None = None, mode: str = "auto",
+        stateful: Sequence[Any] = (), preemption_signals: Iterable[int] = (signal.SIGTERM,), verbose: int = 1,
         **kwargs: Any,
     ):
         super().__init__()
