@@ -25,7 +25,8 @@ Promised:
 - P4: `stateful` callbacks and data iterators are restored as they were.
 - P5: Every requested save is committed; if it fails, the next save or the end of `fit` raises. Steps only go up.
 - P6: A checkpoint is compared with the model before any array is read: one error lists all differences.
-- P7: Checksums catch every flipped bit. The newest intact checkpoint is used, and damaged ones are set aside.
+- P7: Checksums catch every flipped bit of what is restored. The newest intact checkpoint is used, and damaged ones
+  are set aside.
 - P8: On SIGTERM the state is saved within a batch, and the process exits with code 143.
 - P9: Several processes save, restore, fall back and stop at the same step. A run can continue on any number of
   processes and devices, with any layout.
@@ -37,8 +38,8 @@ Promised:
 Not promised:
 
 - State of optimizers other than `model.optimizer`, and of validation data that is a generator.
-- Metrics that count on from epoch to epoch.
-- Generators that run out, or that are shared by two fits: Keras keeps the batches it has read ahead.
+- Metrics that are not reset between epochs.
+- Python generators that run out, or that are shared by two fits: Keras keeps the batches it has read ahead.
 - State of objects that are not in `stateful`, and of data that does not replay the same batches.
 - Each process's random states and `stateful` objects, when a run continues on another number of processes: all take
   those of process 0.
@@ -179,7 +180,7 @@ def _generator(kind: str, state: Any) -> Any:
     return generator
 
 
-# What is saved beside lists, bytes and plain values: the arguments from which _MAKERS make an equal value of that type.
+# The types that are saved besides lists, bytes and plain values: arguments from which _MAKERS make an equal value.
 _ARGUMENTS: dict[type, Callable[[Any], Iterable[Any]]] = {
     **dict.fromkeys((tuple, set, frozenset), lambda old: [list(old)]),
     **dict.fromkeys((dict, collections.OrderedDict), lambda old: [[list(item) for item in old.items()]]),
@@ -262,7 +263,7 @@ def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.n
 
 
 def _unpack(value: Any, arrays: Sequence[np.ndarray] = ()) -> Any:
-    """The inverse of `_packed`. LookupError or ValueError for what that does not make."""
+    """The inverse of `_packed`. LookupError or ValueError for what that cannot have made."""
     if isinstance(value, list):
         return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
@@ -1723,7 +1724,7 @@ class _Restored(NamedTuple):
     model: Any = None
 
 
-# What a step is restored into, and reasons to refuse it other than the variables.
+# The model that a step is restored into, its variables, and reasons to refuse the step besides those.
 _Target = tuple[keras.Model, _Variables, list[str]]
 
 
@@ -1829,7 +1830,7 @@ class _Restore:
         if not differences:
             what, way, hint = "cannot be continued", "Use the same data and settings as before", ""
         elif all(line.startswith(_GROUPS[2]) for line in differences):
-            what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as when saved"
+            what, way = "has the model's weights, but other optimizer variables", "Compile and freeze as in that run"
             hint = f"The argument weights_only=True {of}, or compile=False of load_model, restores the weights alone."
         raise CheckpointMismatchError(
             f"Step {step} in {self.directory} {what}:\n{_listing(problems + differences)}\n"
@@ -2086,12 +2087,15 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
 def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, creates: bool = False) -> epath.Path:
     """The path of a directory that can be read and, if asked for, written to."""
     directory = _directory_at(checkpoint_dir)
+    around = [directory, *directory.parents][: 2 if _is_bucket(directory) else 3]
     advice = "Choose another directory, or, to restore only, a manager with read_only=True"
     try:
         if _is_bucket(directory):
             advice = "Install gcsfs; check credentials and the permission to list, read, write and delete objects there"
             _uncached(directory)
-        if not writes:
+        if is_in_step := writes and any(map(_is_committed, around)):
+            pass  # refused below
+        elif not writes:
             _entries(directory)
         elif _is_bucket(directory):  # by gcsfs, which Orbax uses, and by TensorStore
             probe = directory / f"{uuid.uuid4().hex}.orbax-keras-ckpt"
@@ -2105,12 +2109,11 @@ def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, c
     except Exception as error:  # in a bucket, from any of the libraries involved
         if not writes and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(_nothing_in(directory)) from None
-        if isinstance(error, NotADirectoryError) and not writes:
-            advice = "Give the directory of the checkpoints; keras.saving.load_model() reads .keras files"
+        if os.path.isfile(directory):
+            advice = "It is a file. Give a directory of checkpoints; keras.saving.load_model() reads .keras files"
         problem = f"checkpoint_dir={str(directory)!r} cannot be reached or written to ({error!r})"
         raise OSError(getattr(error, "errno", None) or errno.EIO, f"{problem}. {advice}") from error
-    is_free = not writes or not _is_committed(directory)
-    _check("checkpoint_dir", str(directory), is_free, "another directory: this is itself a step, to be deleted")
+    _check("checkpoint_dir", str(directory), not is_in_step, "another one: this is, or is in, a step, to be deleted")
     return directory
 
 
@@ -2184,7 +2187,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             Defaults to `"auto"`.
         compression: Whether to compress with zstd: about 8 % less space for float weights, about twice the
             time to save. Defaults to False.
-        **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`.
+        **kwargs: Fields of `orbax.checkpoint.CheckpointManagerOptions`, such as `keep_period`; a few are refused.
             `enable_async_checkpointing=False` makes every save wait until it is on disk. With
             `preservation_policy`, `max_to_keep` is ignored. With `best_fn`, the newest is kept as well.
 
@@ -2345,7 +2348,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         return not self._fitting and super().reached_preemption(step)
 
     def _after_commit(self, outdated: Sequence[int], delete: Callable[[int], None]) -> None:
-        """Called by Orbax after each commit, in the background, with the steps that retention gives up."""
+        """Called by Orbax after each commit, in the background, with the steps that are no longer kept."""
         if jax.process_index() == 0:
             work = [functools.partial(delete, step) for step in outdated]
             for action in [*work, functools.partial(_remove_leftovers, self.directory, self._prefix)]:
@@ -3231,7 +3234,7 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
         preemption_signals: Signals on which the state is saved within a batch and the process exits with code
             128 + signal: 143 for SIGTERM (SIGINT raises `KeyboardInterrupt`). Python handlers installed before
             are called after the save, and restored when `fit` ends. Defaults to `(signal.SIGTERM,)`.
-        verbose: 1 prints a line for every save and load, 0 prints nothing. Defaults to 1.
+        verbose: 1 prints a line or two for every save and load, 0 prints nothing. Defaults to 1.
         **kwargs: `compression=True` compresses with zstd; all others are fields of
             `orbax.checkpoint.CheckpointManagerOptions`.
 
