@@ -69,7 +69,7 @@ if _IS_PROGRAM := __name__ == "__main__" and os.path.basename(globals().get("__f
 import argparse
 import base64
 import collections
-import concurrent.futures
+import concurrent.futures.thread
 import contextlib
 import copy
 import dataclasses
@@ -355,6 +355,7 @@ _SEAMS = {
 
 def _check_seams(model: keras.Model) -> None:
     missing = [f"keras.Model.{name}" for name in ("_initial_epoch", "_layers") if not hasattr(model, name)]
+    missing += ["keras.Variable._value"] * any(not hasattr(each, "_value") for each in model.variables)
     for seam in _SEAMS:
         try:
             pkgutil.resolve_name(seam)
@@ -560,6 +561,8 @@ class _Hooked(ocp.CheckpointManager):
     """Orbax's manager, with hooks into how it lists steps, ends commits, deletes steps and handles failed saves."""
 
     def _watch_deletions(self) -> None:
+        if missing := [each for each in ("_checkpoint_deleter", "_finalize_thread") if not hasattr(self, each)]:
+            raise _untested(f"orbax.checkpoint.CheckpointManager.{' and '.join(missing)} is gone")
         deleter: Any = self._checkpoint_deleter
         delete = deleter.delete
 
@@ -581,6 +584,11 @@ class _Hooked(ocp.CheckpointManager):
             self._meetings.give_up(error)
             raise
 
+    def _outlast(self) -> None:
+        """Waits for the commit, not in `join()`: before Python 3.13, Ctrl-C in there makes a thread count as ended."""
+        while (thread := self._finalize_thread.get()) is not None and thread.is_alive():
+            time.sleep(0.005)
+
     def _settle(self) -> None:
         """Waits for the rest of a failed save; otherwise Orbax would raise its further errors at the next save."""
         with contextlib.suppress(Exception):
@@ -590,7 +598,14 @@ class _Hooked(ocp.CheckpointManager):
 @functools.cache
 def _before_threads_stop(function: Callable[[], None]) -> None:
     """Calls a function when the script ends, before Python stops the thread pools that a commit needs."""
-    vars(threading)["_register_atexit"](function)  # atexit would run too late
+    # atexit would run too late. What was registered first, by importing concurrent.futures.thread, is called last.
+    vars(threading)["_register_atexit"](function)
+
+
+@functools.cache
+def _after_fork(function: Callable[[], None]) -> None:
+    """Calls a function in each process that is forked from this one, before anything else runs there."""
+    os.register_at_fork(after_in_child=function)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -648,6 +663,31 @@ def _automatic_names(model: keras.Model) -> set[str]:
         stems = {stem, f"forward_{stem}", f"backward_{stem}"}  # the latter two from Bidirectional
         found |= stems & {_split(member.name, stems)[0]}
     return found
+
+
+def _lost(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
+    """Those that an aborted `fit` has left without values: not put back by Keras, or used up by a step."""
+    return [each for each in variables if each._value is None or each._value.is_deleted()]
+
+
+@contextlib.contextmanager
+def _revived(variables: Iterable[keras.Variable]) -> Iterator[bool]:
+    """Gives zeros to lost variables, to be restored; raises unless they are. Yields whether there are any."""
+    lost = _lost(variables)
+    for variable in lost:
+        variable.assign(jax.numpy.zeros(variable.shape, variable.dtype))
+    zeros = [variable.value for variable in lost]
+    try:
+        yield bool(lost)
+        if any(variable.value is zero for variable, zero in zip(lost, zeros)):
+            raise CheckpointError(
+                "The model has lost values in a fit that was aborted, and no checkpoint has been restored that has "
+                "them. Build and compile the model anew."
+            )
+    except BaseException:
+        for variable in lost:
+            variable.value.delete()  # nobody is to train from zeros
+        raise
 
 
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
@@ -959,10 +999,14 @@ class _Source(NamedTuple):
     saved: _Spec
 
 
+def _is_float(dtype: str) -> bool:
+    return jax.numpy.issubdtype(jax.numpy.dtype(dtype), np.inexact)
+
+
 def _compare(
     model: keras.Model, variables: _Variables, saved: _Specs, strict: bool, is_ordered: bool
 ) -> tuple[list[_Source], list[str]]:
-    """What to restore from where, and every difference in words; a dtype counts as one only if `strict`.
+    """What to restore from where, and every difference in words; another dtype of the same kind is one if `strict`.
 
     `variables` belong to the model. `is_ordered` says that the saved ones come in their model's order.
     """
@@ -977,7 +1021,7 @@ def _compare(
             what = "is in the checkpoint but not in the model"
         elif was.shape != spec.shape:
             what = f"was saved as {was.shape}, the model has {spec.shape}"
-        elif strict and was.dtype != spec.dtype:
+        elif was.dtype != spec.dtype and (strict or _is_float(was.dtype) != _is_float(spec.dtype)):
             what = f"was saved as {was.dtype}, the model has {spec.dtype}"
         else:
             sources.append(_Source(_array_name(saved_group, was.path), variables[group][spec.path], was))
@@ -1207,7 +1251,7 @@ class _Resumable:
                 self.drawn += 1
                 yield batch
             elif is_empty:
-                raise ValueError(f"resumable({type(self.data).__name__}): it is empty.")
+                raise ValueError(f"resumable({type(self.data).__name__}): it is empty, or used up. Make it anew.")
             else:
                 self._restart(self._beginning)
             is_empty = batch is None
@@ -1880,6 +1924,8 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
             config["variables"] = [[variable.path, variable.trainable] for variable in _variables_in_order(model)]
             return json.loads(json.dumps(config)), _saved_assets(model)
+    except OSError:  # there is no place for temporary files
+        raise
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
 
@@ -1904,9 +1950,12 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
 
 def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) -> list[str]:
     """What differs between the assets of a model and the saved ones, in words."""
-    live: dict[str, bytes] = {}
-    with contextlib.suppress(Exception):  # from a user's save_assets(): then no assets were saved either
+    try:
         live = _saved_assets(model) if record and record.run else {}
+    except OSError as error:
+        return [f"assets: those of the model cannot be compared with the saved ones: {error!r}"]
+    except Exception:  # from a user's save_assets(): then no assets were saved either
+        live = {}
     if not live or record is None:
         return []
     saved = {member.filename: member.CRC for member in _read_archive(path, record).infolist()}
@@ -2161,6 +2210,14 @@ def _finish_saves() -> None:
         sys.excepthook(type(error), error, error.__traceback__)
 
 
+def _forget_saves() -> None:
+    """In a forked process: the threads that hold the lock and write the saves do not exist there."""
+    global _LOCK
+    _LOCK = threading.RLock()
+    _SAVING.clear()
+    _FAILED.clear()
+
+
 class KerasOrbaxCheckpointManager(_Hooked):
     """Saves and restores the state of a Keras model with Orbax.
 
@@ -2226,6 +2283,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         self._known: dict[epath.Path, Any] = {}  # what retention needs to know of each step
         self._meetings, self._arrays = _Meetings(), _ArrayHandler(compression)
         handlers = {item: _tree_handler(self._arrays) for item in ("default", "run")}
+        _wait_for_saves(directory)  # Orbax's cleanup_tmp_directories would delete them
         super().__init__(directory, item_handlers=handlers, options=self._options_for(directory))
         self._watch_deletions()
 
@@ -2462,6 +2520,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._meetings.save = _FlushedPath.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
+        _before_threads_stop(_finish_saves)
+        _after_fork(_forget_saves)
+        is_failed = False
         try:
             super().save(
                 step,
@@ -2471,11 +2532,12 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 force=True,
             )
         except Exception as error:
+            is_failed = True
             self._meetings.give_up(error)
             self._end_failed(error, step, record.save)
-        else:
-            _SAVING[self] = step, record.save
-            _before_threads_stop(_finish_saves)
+        finally:
+            if not is_failed:  # also when Ctrl-C has come, which may have been after it began
+                _SAVING[self] = step, record.save
 
     def _make_room(self, step: int) -> None:
         """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
@@ -2529,7 +2591,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
             weights_only: Whether to restore only the weights and not the optimizer. The model need not be
                 compiled then. Defaults to False.
             strict: Whether model and checkpoint must match exactly. If False, variables that match by path
-                and shape are restored, cast to the model's dtype, and a warning lists the rest.
+                and shape are restored, floats cast to the model's floats and integers to its integers, and a
+                warning lists the rest.
                 Defaults to True.
             donate: Whether to free the model's arrays before reading, to save memory. If reading then fails,
                 the model is unusable. Defaults to False.
@@ -2547,8 +2610,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
             OSError: The directory cannot be read. This does not count as damage.
         """
         self._model.jax_state_sync()  # within fit, by another callback
-        variables = _variables(self._model, optimizer=not weights_only)
-        found = self._restore(step, lambda *_: (self._model, variables, []), strict=strict, donate=donate, own=False)
+        variables, how = _variables(self._model, optimizer=not weights_only), {"strict": strict, "donate": donate}
+        with _revived(itertools.chain(*(members.values() for members in variables.values()))):
+            found = self._restore(step, lambda *_: (self._model, variables, []), **how, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
         return found.step if found else None
@@ -2567,6 +2631,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
             if failure := _FAILED.pop(self, None):
                 raise failure
             try:
+                self._outlast()
                 super().wait_until_finished()
             except Exception as error:
                 self._end_failed(error, *_SAVING.pop(self, (-1, "")))
@@ -2650,6 +2715,16 @@ def _signals(given: Any) -> list[signal.Signals]:
     return signals
 
 
+_PREEMPTIONS: list["_Preemption"] = []  # of the fits that are running, one inside the other
+
+
+def _release_signals() -> None:
+    """In a forked process: signals do what they did before `fit`."""
+    for preemption in reversed(_PREEMPTIONS):
+        for number, handler in preemption._earlier.items():
+            signal.signal(number, handler)
+
+
 class _Preemption:
     """The signals that ask `fit` to save and stop, until `undo` restores the earlier handlers."""
 
@@ -2664,6 +2739,9 @@ class _Preemption:
             reason = "JAX's preemption service is switched off (jax_enable_preemption_service=False)"
         elif threading.current_thread() is not threading.main_thread():
             reason = "fit runs outside the main thread"
+        _PREEMPTIONS.append(self)
+        undo.callback(_PREEMPTIONS.remove, self)
+        _after_fork(_release_signals)
         for number in signals if not reason else ():
             self._earlier[number] = signal.signal(number, self._note) or signal.SIG_DFL  # None: not set by Python
             undo.callback(signal.signal, number, self._earlier[number])
@@ -2789,15 +2867,20 @@ class _Run(keras.callbacks.Callback):
 
     def _begin(self) -> None:
         self.undo.callback(_unwatch_fit, self._model, vars(self._model).get("jax_state_sync"))
-        with _agreed():
-            self._check()
-        rate = _learning_rate(self._model)
-        self.aborted, self.callback._training = self.callback._training, self._model.optimizer
-        found = self.manager._restore(None, self._plan, donate=True)
+        if _lost(self._model.metrics_variables):
+            self._model.reset_metrics()
+        with _revived(itertools.chain(*_train_state(self._model)[:3])) as is_lost:
+            with _agreed():
+                self._check()
+            rate = None if is_lost else _learning_rate(self._model)
+            self.aborted, self.callback._training = self.callback._training, self._model.optimizer
+            found = self.manager._restore(None, self._plan, donate=True)
         self.batches = self.start.batches or 0
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
         if found is None:
             self.say(f"No checkpoint in {self.manager.directory} yet: training starts from the beginning.")
+            if self.aborted is not None:
+                _warn("An aborted fit has trained this model already. To start from the beginning, build it anew.")
         else:
             self.restored = found._replace(own=found.own or {})
             self.is_inside = found.record is not None and found.record.unfinished
@@ -2945,7 +3028,9 @@ class _Run(keras.callbacks.Callback):
                 yield from self._arrive(place)
             if self.resumable is not None:
                 self.resumable.forget(self.count)
-            if self.preemption.is_due() or self.pace.is_due(self.batches):
+            # After a shorter call, the last one of data whose length Keras does not know, the epoch's end saves.
+            is_whole = (self.batches - self.before) % self._model.steps_per_execution == 0
+            if is_whole and (self.preemption.is_due() or self.pace.is_due(self.batches)):
                 self._save_inside()
             start = time.monotonic()
             yield (*place, self.reader)
@@ -3071,7 +3156,8 @@ class _Run(keras.callbacks.Callback):
                 member.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
-        if is_asked or self.callback._save_freq == "epoch":
+        is_empty = self.batches == self.before == self.pace.saved  # the data has run out, and all is saved
+        if self.callback._save_freq == "epoch" or (is_asked and not is_empty):
             position = _Position(epoch + 1, 0, self.batches)
             with _agreed():
                 own = self._belongings(self._states(), is_epoch_end=True)
@@ -3298,7 +3384,8 @@ class OrbaxCheckpointCallback(keras.callbacks.Callback):
                 as `fit` takes them: tuples of inputs, targets, and sample weights.
 
         Returns:
-            An endless generator over the batches of `data`; pass `steps_per_epoch` to `fit`.
+            An endless generator over the batches of `data`; pass `steps_per_epoch` to `fit`. If `data` raises, the
+            generator ends: call this method again.
 
         Raises:
             TypeError: `data` does not have these methods.

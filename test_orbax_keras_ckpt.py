@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
 import functools
 import gc
 import importlib.util
@@ -888,6 +889,79 @@ def test_optimizer_that_an_aborted_fit_has_trained_is_reported(tmp_path, model):
     fit(compiled(model), 3, checkpoint)
 
 
+class Aborting(keras.Model):
+    """Its `fit` can be interrupted in a train step, whose inputs are then used up."""
+
+    interrupts = False
+
+    def make_train_function(self, force=False):
+        super().make_train_function(force)
+        step = self.train_function
+
+        def train_function(state, iterator):
+            logs = step(state, iterator)
+            if self.interrupts:
+                raise KeyboardInterrupt
+            return logs
+
+        self.train_function = train_function
+
+
+class Broken(Dataset):
+    """Cannot be read at times."""
+
+    fails = False
+
+    def __getitem__(self, batch):
+        if self.fails:
+            raise OSError("the data cannot be read")
+        return super().__getitem__(batch)
+
+
+@pytest.mark.parametrize("how", ["in a step", "by the data", "while restoring"])
+def test_fit_goes_on_after_one_that_has_taken_the_values_of_the_model(tmp_path, monkeypatch, how):
+    if how == "by the data" and keras.version() < "3.11":
+        pytest.skip("fit of Keras 3.10 itself fails if the model has no values")
+
+    def script():
+        seed(3)
+        model = Aborting(inputs := keras.Input((6,)), layers.Dropout(0.3)(layers.Dense(4)(inputs)))
+        return compiled(model, metrics=["mae"]), Broken("in place")
+
+    def train(model, data, *callbacks):
+        model.fit(data, epochs=3, verbose=0, validation_data=(X[40:], Y[40:]), callbacks=list(callbacks))
+        return values(model)
+
+    def unreadable(*_, **__):
+        raise OSError(errno.EIO, "the disk cannot be read")
+
+    expected = train(*script())
+    model, data = script()
+    checkpoint = callback(model, tmp_path / "ckpt")
+    at = At((1, "train", 2), lambda: setattr(model, "interrupts", True))
+    if how == "by the data":
+        at = At((1, "begins", 0), lambda: setattr(data, "fails", True))
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        train(model, data, checkpoint, at)
+    model.interrupts = data.fails = False
+    if how == "while restoring":
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="disk cannot be read"):
+            patch.setattr(jax, "make_array_from_callback", unreadable)
+            train(model, data, checkpoint)
+    for manager in (KerasOrbaxCheckpointManager(model, tmp_path / "none"), callback(model, tmp_path / "none")):
+        with pytest.raises(CheckpointError, match="no checkpoint has been restored that has them. Build and compile"):
+            manager.restore_state() if hasattr(manager, "restore_state") else train(model, data, manager)
+    assert_equal(train(model, data, checkpoint), expected)
+
+
+def test_fit_that_begins_with_a_model_that_an_aborted_one_has_trained_says_so(tmp_path, model):
+    checkpoint = callback(model, tmp_path)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(model, 2, checkpoint, At((0, "train", 2), fail))
+    with pytest.warns(UserWarning, match="An aborted fit has trained this model already"):
+        fit(model, 2, checkpoint)
+
+
 # ------------------------------------------------------------------------------------------------ P2: bit for bit
 
 EPOCHS = [(0, "train", 2), (1, "train", 2, "exception"), (1, "validation", 1), (1, "ends", 0), (2, "train", 0)]
@@ -910,6 +984,8 @@ def scenarios():
         yield [*EPOCHS[:1], *EPOCHS[2:]], {"freq": freq, "data": data}
     for calls, data in ((2, "shuffled"), (3, "shuffled"), (2, "part of a pass"), (2, "dataset shuffled anew")):
         yield [*ODD[:1], (1, "train", calls), *ODD[1:]], {"calls": calls, "data": data, "freq": 4}
+    for freq in ("epoch", 1):  # the length of the data is not known, and the last call of an epoch has one batch
+        yield [(0, "train", 6), (1, "train", 2), (2, "validation", 0)], {"freq": freq, "data": "grain", "calls": 2}
     for freq in ("epoch", 3):
         yield EDGES, {"freq": freq}
         for position in (0, 1):
@@ -2173,6 +2249,45 @@ def test_state_is_saved_and_restored_inside_a_batch(tmp_path):
     assert record_of(tmp_path / "0")["position"]["epoch"] == 1
 
 
+@pytest.mark.parametrize("freq", ["epoch", 1, 4])
+def test_epoch_for_which_no_data_is_left_is_no_failed_save(tmp_path, model, freq):
+    batches, checkpoint = ((X[:6], Y[:6]) for _ in range(12)), callback(model, tmp_path, save_freq=freq)
+    with warnings.catch_warnings(action="ignore"):  # of Keras, that the data has run out
+        model.fit(batches, steps_per_epoch=4, epochs=4, verbose=0, callbacks=[checkpoint])
+    assert max(map(int, os.listdir(tmp_path))) == {"epoch": 3}.get(freq, 12)
+
+
+def slowly(monkeypatch, seconds=1):
+    """Makes each flush of a file to disk take longer: a save is then on its way for so long at least."""
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(seconds / 5) or fsync(file))
+
+
+def test_ctrl_c_while_a_save_is_awaited_does_not_lose_it(tmp_path, monkeypatch, model):
+    slowly(monkeypatch)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    manager.save_state(0)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        manager.wait_until_finished()
+    manager.wait_until_finished()
+    assert names(tmp_path) == ["0"]
+
+
+def test_processes_forked_in_a_fit_end_and_its_saves_go_on(tmp_path):
+    code, log = Process(tmp_path / "log", "forks", str(tmp_path / "ckpt")).join()
+    assert code == 0, log
+
+
+def test_cleaning_up_at_the_start_leaves_a_save_in_progress_alone(tmp_path, monkeypatch, model):
+    slowly(monkeypatch)
+    manager = KerasOrbaxCheckpointManager(model, tmp_path)
+    manager.save_state(0)
+    KerasOrbaxCheckpointManager(model, tmp_path, cleanup_tmp_directories=True)
+    manager.wait_until_finished()
+    assert names(tmp_path) == ["0"]
+
+
 # -------------------------------------------------------------------------------------- P6: no silent wrong restore
 
 
@@ -2259,6 +2374,15 @@ def test_not_strict_restores_what_agrees_and_lists_the_rest_and_reads_only_what_
     with pytest.raises(CheckpointCorruptError) as caught:
         restore(saved, tmp_path, donate=True)
     assert "as it was" not in str(caught.value)
+    save(model, tmp_path / "floats")
+    for layer in model.layers:
+        layer.quantize("int8")
+    before = [value for value in values(model, optimizer=False) if value.dtype == "int8"]
+    with pytest.warns(UserWarning, match="kernel' was saved as float32, the model has int8"):
+        restore(model, tmp_path / "floats", strict=False, weights_only=True)
+    assert before and [value.tolist() for value in values(model, optimizer=False) if value.dtype == "int8"] == [
+        value.tolist() for value in before
+    ]
 
 
 def test_donate_restores_the_same_and_frees_the_old_arrays(trained, model):
@@ -3074,7 +3198,7 @@ def with_vocabularies():
     return compiled(keras.Model(inputs, inner(words(inputs))))
 
 
-def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path):
+def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path, monkeypatch):
     model, scope = with_vocabularies(), {"custom_objects": {"Vocabulary": Vocabulary}}
     fit(model, 2, callback(model, tmp_path))
     assert [path.name for path in sorted((tmp_path / "1").iterdir()) if path.is_dir()] == ["default", "run"]
@@ -3089,6 +3213,13 @@ def test_load_model_brings_back_the_assets_of_layers_and_saves_as_keras(tmp_path
     model.get_layer("words").words = ["a"]
     with unchanged(model, tmp_path), pytest.raises(CheckpointMismatchError, match="assets: those of layer 'words'"):
         restore(model, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/nonexistent")  # the disk for temporary files is full, or cannot be written
+        with unchanged(model, tmp_path), pytest.raises(CheckpointMismatchError, match="assets: .* cannot be compared"):
+            restore(model, tmp_path)
+        with pytest.raises(FileNotFoundError, match="/nonexistent"):
+            commit(KerasOrbaxCheckpointManager(model, tmp_path), 2)
+    assert names(tmp_path) == ["0", "1", "model.keras"]
     flip(data_file(tmp_path / "1/run"), 8 * 100)
     with pytest.warns(UserWarning, match="Step 0 is restored, because newer ones are damaged"):
         load_model(tmp_path, **scope)
@@ -3761,6 +3892,33 @@ def saves_again_and_again(directory):
         manager.wait_until_finished()
         memory.append(int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
     assert memory[1] - memory[0] < 50e6, memory
+
+
+def forks(directory):
+    """A fit in which another callback uses processes, and those that are forked while a thread waits for a save."""
+    fork = multiprocessing.get_context("fork")
+    codes, model = [], dense_model()
+
+    def ended(process, stops=False):
+        process.start()
+        if stops:
+            time.sleep(0.5)
+            process.terminate()
+        process.join(20)
+        codes.append(process.exitcode)
+        process.kill()
+
+    at_epoch_end = on(on_epoch_end=lambda *_: ended(fork.Process(target=time.sleep, args=(60,)), stops=True))
+    fit(model, 2, callback(model, directory), at_epoch_end)
+    os.fsync = lambda file, flush=os.fsync: time.sleep(0.3) or flush(file)
+    manager = KerasOrbaxCheckpointManager(model, directory)
+    manager.save_state(2)
+    waiting = threading.Thread(target=manager.wait_until_finished)
+    waiting.start()
+    time.sleep(0.2)
+    ended(fork.Process(target=print))
+    waiting.join()
+    assert codes == [-signal.SIGTERM, -signal.SIGTERM, 0] and manager.latest_step() == 2, codes
 
 
 def goes_on(directory, stop):
