@@ -2257,10 +2257,10 @@ def test_epoch_for_which_no_data_is_left_is_no_failed_save(tmp_path, model, freq
     assert max(map(int, os.listdir(tmp_path))) == {"epoch": 3}.get(freq, 12)
 
 
-def slowly(monkeypatch, seconds=1):
-    """Makes each flush of a file to disk take longer: a save is then on its way for so long at least."""
+def slowly(monkeypatch):
+    """Makes each flush of a file to disk take longer: a save is then on its way for a second."""
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(seconds / 5) or fsync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.1) or fsync(file))
 
 
 def test_ctrl_c_while_a_save_is_awaited_does_not_lose_it(tmp_path, monkeypatch, model):
@@ -3910,7 +3910,7 @@ def forks(directory):
 
     at_epoch_end = on(on_epoch_end=lambda *_: ended(fork.Process(target=time.sleep, args=(60,)), stops=True))
     fit(model, 2, callback(model, directory), at_epoch_end)
-    os.fsync = lambda file, flush=os.fsync: time.sleep(0.3) or flush(file)
+    os.fsync = lambda file, flush=os.fsync: time.sleep(0.1) or flush(file)
     manager = KerasOrbaxCheckpointManager(model, directory)
     manager.save_state(2)
     waiting = threading.Thread(target=manager.wait_until_finished)
