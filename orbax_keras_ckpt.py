@@ -670,26 +670,6 @@ def _lost(variables: Iterable[keras.Variable]) -> list[keras.Variable]:
     return [each for each in variables if each._value is None or each._value.is_deleted()]
 
 
-@contextlib.contextmanager
-def _revived(variables: Iterable[keras.Variable]) -> Iterator[bool]:
-    """Gives zeros to lost variables, to be restored; raises unless they are. Yields whether there are any."""
-    lost = _lost(variables)
-    for variable in lost:
-        variable.assign(jax.numpy.zeros(variable.shape, variable.dtype))
-    zeros = [variable.value for variable in lost]
-    try:
-        yield bool(lost)
-        if any(variable.value is zero for variable, zero in zip(lost, zeros)):
-            raise CheckpointError(
-                "The model has lost values in a fit that was aborted, and no checkpoint has been restored that has "
-                "them. Build and compile the model anew."
-            )
-    except BaseException:
-        for variable in lost:
-            variable.value.delete()  # nobody is to train from zeros
-        raise
-
-
 def _global_seed_generator() -> keras.random.SeedGenerator | None:
     """The generator behind `keras.random` calls without a seed; None before its first use."""
     return keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
@@ -979,6 +959,26 @@ def _learning_rate(model: keras.Model) -> float | None:
     """The learning rate; None if it is a schedule."""
     rate: Any = getattr(model.optimizer, "learning_rate", None)
     return float(rate.value) if isinstance(rate, keras.Variable) and rate.value is not None else None
+
+
+@contextlib.contextmanager
+def _revived(variables: _Variables) -> Iterator[bool]:
+    """Gives zeros to lost variables, to be restored; raises unless they are. Yields whether there are any."""
+    lost = _lost(itertools.chain(*(members.values() for members in variables.values())))
+    for variable in lost:
+        variable.assign(jax.numpy.zeros(variable.shape, variable.dtype))
+    zeros = [variable.value for variable in lost]
+    try:
+        yield bool(lost)
+        if any(variable.value is zero for variable, zero in zip(lost, zeros)):
+            raise CheckpointError(
+                "The model has lost values in a fit that was aborted, and no checkpoint has been restored that has "
+                "them. Build and compile the model anew."
+            )
+    except BaseException:
+        for variable in lost:
+            variable.value.delete()  # nobody is to train from zeros
+        raise
 
 
 def _derive(layers: Sequence[keras.layers.Layer]) -> None:
@@ -2611,7 +2611,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """
         self._model.jax_state_sync()  # within fit, by another callback
         variables, how = _variables(self._model, optimizer=not weights_only), {"strict": strict, "donate": donate}
-        with _revived(itertools.chain(*(members.values() for members in variables.values()))):
+        with _revived(variables):
             found = self._restore(step, lambda *_: (self._model, variables, []), **how, own=False)
         if found is None:
             _warn(f"{_nothing_in(self.directory)} The model is as it was.")
@@ -2869,7 +2869,7 @@ class _Run(keras.callbacks.Callback):
         self.undo.callback(_unwatch_fit, self._model, vars(self._model).get("jax_state_sync"))
         if _lost(self._model.metrics_variables):
             self._model.reset_metrics()
-        with _revived(itertools.chain(*_train_state(self._model)[:3])) as is_lost:
+        with _revived(_variables(self._model)) as is_lost:
             with _agreed():
                 self._check()
             rate = None if is_lost else _learning_rate(self._model)
