@@ -250,6 +250,8 @@ def _packed(value: Any, default: Callable | None = None) -> tuple[Any, list[np.n
             return {"bytes": len(arrays) - 1}
         try:
             name, arguments = _arguments(value)
+        except RecursionError:
+            raise
         except (TypeError, RuntimeError, LookupError) as error:  # also an array that is deleted or of other processes
             if default is None:
                 raise TypeError(f"a {kind.__name__} cannot be saved") from error
@@ -585,8 +587,8 @@ class _Hooked(ocp.CheckpointManager):
             raise
 
     def _outlast(self) -> None:
-        """Waits for the commit, not in `join()`: before Python 3.13, Ctrl-C in there makes a thread count as ended."""
-        while (thread := self._finalize_thread.get()) is not None and thread.is_alive():
+        """Waits for the commit; before Python 3.13, Ctrl-C in `join` or `is_alive` makes a thread count as ended."""
+        while self._finalize_thread.get() in threading.enumerate():
             time.sleep(0.005)
 
     def _settle(self) -> None:
@@ -970,7 +972,7 @@ def _revived(variables: _Variables) -> Iterator[bool]:
     zeros = [variable.value for variable in lost]
     try:
         yield bool(lost)
-        if any(variable.value is zero for variable, zero in zip(lost, zeros)):
+        if any(variable.value is zero and zero.size for variable, zero in zip(lost, zeros)):
             raise CheckpointError(
                 "The model has lost values in a fit that was aborted, and no checkpoint has been restored that has "
                 "them. Build and compile the model anew."
@@ -1924,7 +1926,7 @@ def _described(model: keras.Model) -> tuple[dict[str, Any], dict[str, bytes]]:
             config["layers"] = [[layer.trainable, _lora(layer)] for layer in _layers(model)]
             config["variables"] = [[variable.path, variable.trainable] for variable in _variables_in_order(model)]
             return json.loads(json.dumps(config)), _saved_assets(model)
-    except OSError:  # there is no place for temporary files
+    except CheckpointError:
         raise
     except Exception as error:  # a user's get_config() may raise anything; the save continues without a config
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}, {}
@@ -1941,7 +1943,12 @@ def _saved_assets(model: keras.Model) -> dict[str, bytes]:
     assets: dict[str, bytes] = {}
     for place, layer in enumerate(_layers(model)):
         if hasattr(layer, "save_assets"):
-            with tempfile.TemporaryDirectory() as folder:
+            with contextlib.ExitStack() as stack:
+                try:
+                    folder = stack.enter_context(tempfile.TemporaryDirectory())
+                except OSError as error:
+                    what = f"the assets of the layer {layer.name!r} need a place for temporary files"
+                    raise CheckpointError(f"Nothing was changed: {what} ({error}). Set TMPDIR to one.") from error
                 layer.save_assets(folder)
                 files = [path for path in pathlib.Path(folder).rglob("*") if path.is_file()]
                 assets |= {f"{place}/{path.relative_to(folder).as_posix()}": path.read_bytes() for path in files}
@@ -1952,8 +1959,8 @@ def _other_assets(model: keras.Model, path: epath.Path, record: _Record | None) 
     """What differs between the assets of a model and the saved ones, in words."""
     try:
         live = _saved_assets(model) if record and record.run else {}
-    except OSError as error:
-        return [f"assets: those of the model cannot be compared with the saved ones: {error!r}"]
+    except CheckpointError:
+        raise
     except Exception:  # from a user's save_assets(): then no assets were saved either
         live = {}
     if not live or record is None:
@@ -2136,7 +2143,7 @@ def _directory_at(checkpoint_dir: str | os.PathLike) -> epath.Path:
 def _usable_directory(checkpoint_dir: str | os.PathLike, writes: bool = False, creates: bool = False) -> epath.Path:
     """The path of a directory that can be read and, if asked for, written to."""
     directory = _directory_at(checkpoint_dir)
-    around = [directory, *directory.parents][: 2 if _is_bucket(directory) else 3]
+    around = [directory, *(each for each in [*directory.parents][:2] if _STEP.fullmatch(each.name))]
     advice = "Choose another directory, or, to restore only, a manager with read_only=True"
     try:
         if _is_bucket(directory):
@@ -2465,7 +2472,8 @@ class KerasOrbaxCheckpointManager(_Hooked):
         if self._given.read_only:
             return False
         self._model.jax_state_sync()  # within fit, by another callback
-        self._prepare()  # the model may have been recompiled
+        with _agreed():
+            self._prepare()  # the model may have been recompiled
         started = self._save(int(epoch) * self._steps_per_epoch, _Position(int(epoch) + 1), metrics or {})
         if (3, 12) <= sys.version_info < (3, 12, 3):  # these start no threads at exit, but a commit needs some
             self.wait_until_finished()
@@ -2473,16 +2481,18 @@ class KerasOrbaxCheckpointManager(_Hooked):
 
     def _save(
         self, step: int, position: _Position, metrics: Mapping[str, Any] | None, *,
-        values: Sequence[list[jax.Array]] | None = None, own: Any = None, force: bool = False, **notes: Any,
+        values: Sequence[list[jax.Array]] | None = None, own: Any = None, force: bool = False, replaces: bool = False,
+        **notes: Any,
     ) -> bool:
         """Starts to save everything as `step`. Returns False if Orbax's options skip that step.
 
         `metrics` are the epoch's logs, None inside an epoch; `values` those of all variables, if not the model's own;
-        `own` is the state of this process, as for `_packed`; `notes` are further fields of the record.
+        `own` is the state of this process, as for `_packed`; `replaces` says that the newest step may give way; `notes`
+        are further fields of the record.
         """
         with _LOCK:
             _wait_for_saves(self.directory, besides=self)
-            self._make_room(step)
+            self._make_room(step, replaces)
             if not force and not self.should_save(step):
                 return False
             self.wait_until_finished()
@@ -2520,10 +2530,9 @@ class KerasOrbaxCheckpointManager(_Hooked):
         """Hands a save to Orbax, which continues it in the background."""
         self._arrays.save = self._meetings.save = _FlushedPath.save = record.save
         self._arrays.expected = None if self._known else _arrays_of(record.variables)
-        _before_threads_stop(_finish_saves)
-        _after_fork(_forget_saves)
-        is_failed = False
         try:
+            _before_threads_stop(_finish_saves)
+            _after_fork(_forget_saves)
             super().save(
                 step,
                 args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(tree) for item, tree in items.items()}),
@@ -2532,21 +2541,24 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 force=True,
             )
         except Exception as error:
-            is_failed = True
             self._meetings.give_up(error)
             self._end_failed(error, step, record.save)
-        finally:
-            if not is_failed:  # also when Ctrl-C has come, which may have been after it began
-                _SAVING[self] = step, record.save
+        except BaseException:  # Ctrl-C: whatever has begun comes to its end
+            self._outlast()
+            self._settle()
+            self.reload()
+            raise
+        else:
+            _SAVING[self] = step, record.save
 
-    def _make_room(self, step: int) -> None:
-        """Raises unless `step` is above the newest one, or that is a snapshot inside the epoch, which gives way."""
+    def _make_room(self, step: int, replaces: bool) -> None:
+        """Raises unless `step` is above the newest one, or that gives way: if it is inside an epoch, or if asked to."""
         if step <= self._agreed_latest_step():
             with _agreed():
                 self.wait_until_finished()  # raises if the newest step is a save that has failed since
                 path = self._committed().get(step)
                 record = _records({step: path}).get(step) if path and step == self.latest_step() else None
-                if path and record and record.unfinished and jax.process_index() == 0:
+                if path and record and (record.unfinished or replaces) and jax.process_index() == 0:
                     _remove_leftovers(self.directory, self._prefix)  # the snapshot that this one has replaced
                     _set_aside(path, ".replaced")
             if step <= (newest := self._agreed_latest_step()):
@@ -2722,7 +2734,8 @@ def _release_signals() -> None:
     """In a forked process: signals do what they did before `fit`."""
     for preemption in reversed(_PREEMPTIONS):
         for number, handler in preemption._earlier.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == preemption._note:
+                signal.signal(number, handler)
 
 
 class _Preemption:
@@ -2845,7 +2858,7 @@ class _Run(keras.callbacks.Callback):
         self.restored = _Restored(None, None, {})
         self.is_inside = False  # resuming inside an epoch, until its first batch not yet trained on
         self.is_live = False  # whether this process has trained up to the newest checkpoint itself
-        self.aborted: Any = None  # the optimizer of the callback's last fit, if that raised
+        self.aborted: Any = callback._training  # the optimizer of the callback's last fit, if that raised
         self.epoch = self.before = 0  # the current epoch, and the batches of the run before it
         self.batches = self.count = 0  # read in the whole run, and from Keras's present iterator
         self.iterator: Any = None  # over batches
@@ -2873,7 +2886,7 @@ class _Run(keras.callbacks.Callback):
             with _agreed():
                 self._check()
             rate = None if is_lost else _learning_rate(self._model)
-            self.aborted, self.callback._training = self.callback._training, self._model.optimizer
+            self.callback._training = self._model.optimizer
             found = self.manager._restore(None, self._plan, donate=True)
         self.batches = self.start.batches or 0
         self.pace = _Pace(self.callback._save_freq, self.start.batches if found else None, self.manager)
@@ -3156,12 +3169,13 @@ class _Run(keras.callbacks.Callback):
                 member.compare()
         is_stopped, is_leaving = self._model.stop_training, self.preemption.is_due()
         is_asked = is_stopped or is_leaving or epoch + 1 >= self.fit.epochs or self.pace.is_due(self.batches)
-        is_empty = self.batches == self.before == self.pace.saved  # the data has run out, and all is saved
-        if self.callback._save_freq == "epoch" or (is_asked and not is_empty):
+        if is_asked or self.callback._save_freq == "epoch":
+            is_empty = self.batches == self.before == self.pace.saved  # the data has run out: this is the step before
             position = _Position(epoch + 1, 0, self.batches)
             with _agreed():
                 own = self._belongings(self._states(), is_epoch_end=True)
-            if self._save(position, logs, own, stopped=self.fit.epochs if is_stopped else None, force=is_asked):
+            further = {"stopped": self.fit.epochs if is_stopped else None, "force": is_asked, "replaces": is_empty}
+            if self._save(position, logs, own, **further):
                 self.say("Save Orbax checkpoint on_epoch_end.")
         if is_leaving:
             self._leave()
@@ -3181,6 +3195,8 @@ class _Run(keras.callbacks.Callback):
         # This breaks a cycle. Keras 3.10 joins threads when a CallbackList is deleted; when the garbage collector does
         # that, it can deadlock.
         fit, self.fit = self.fit, None
+        if not self.batches:  # nothing was trained
+            self.callback._training = self.aborted
         if is_complete:
             self.callback._done = max(self.callback._done[0], fit.epochs), self._model.optimizer
             self.callback._training = None
