@@ -2297,11 +2297,18 @@ def test_ctrl_c_when_a_save_begins_leaves_nothing_half_done(tmp_path, monkeypatc
 
 
 def test_ctrl_c_while_a_save_is_awaited_does_not_lose_it(tmp_path, monkeypatch, model):
-    slowly(monkeypatch)
+    fsync, sent = os.fsync, []
+
+    def interrupting(file):  # in the background
+        time.sleep(0.2)
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", interrupting)
     manager = KerasOrbaxCheckpointManager(model, tmp_path)
-    manager.save_state(0)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
+        manager.save_state(0)
         manager.wait_until_finished()
     manager.wait_until_finished()
     assert names(tmp_path) == ["0"]
