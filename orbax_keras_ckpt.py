@@ -2604,8 +2604,7 @@ class KerasOrbaxCheckpointManager(_Hooked):
                 compiled then. Defaults to False.
             strict: Whether model and checkpoint must match exactly. If False, variables that match by path
                 and shape are restored, floats cast to the model's floats and integers to its integers, and a
-                warning lists the rest.
-                Defaults to True.
+                warning lists the rest. Defaults to True.
             donate: Whether to free the model's arrays before reading, to save memory. If reading then fails,
                 the model is unusable. Defaults to False.
 

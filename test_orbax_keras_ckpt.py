@@ -347,6 +347,12 @@ def free_port():
 on = keras.callbacks.LambdaCallback
 
 
+def slowly(patch, seconds=0.1):
+    """Makes each flush to disk take longer; a save has about ten."""
+    fsync = os.fsync
+    patch.setattr(os, "fsync", lambda file: time.sleep(seconds) or fsync(file))
+
+
 def fail(*_, **__):
     raise RuntimeError("on purpose")
 
@@ -949,9 +955,10 @@ def test_fit_goes_on_after_one_that_has_taken_the_values_of_the_model(tmp_path, 
         with monkeypatch.context() as patch, pytest.raises(OSError, match="disk cannot be read"):
             patch.setattr(jax, "make_array_from_callback", unreadable)
             train(model, data, checkpoint)
-    for manager in (KerasOrbaxCheckpointManager(model, tmp_path / "none"), callback(model, tmp_path / "none")):
+    other = callback(model, tmp_path / "none")
+    for attempted in (other.checkpoint_manager.restore_state, lambda: train(model, data, other)):
         with pytest.raises(CheckpointError, match="no checkpoint has been restored that has them. Build and compile"):
-            manager.restore_state() if hasattr(manager, "restore_state") else train(model, data, manager)
+            attempted()
     assert_equal(train(model, data, checkpoint), expected)
 
 
@@ -2268,12 +2275,6 @@ def test_epoch_for_which_no_data_is_left_is_no_failed_save(tmp_path, model, freq
     assert_equal(again[2], expected)
 
 
-def slowly(monkeypatch):
-    """Makes each flush of a file to disk take longer: a save is then on its way for a second."""
-    fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(0.1) or fsync(file))
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_ctrl_c_when_a_save_begins_leaves_nothing_half_done(tmp_path, monkeypatch, model, when):
     """It comes right before or right after Orbax has started its thread."""
@@ -3511,14 +3512,14 @@ def test_process_does_not_grow_over_a_hundred_saves(tmp_path):
 @pytest.mark.parametrize("writing", [0, 0.5])
 def test_auto_saves_as_often_as_three_percent_of_the_time_allow(writing, tmp_path, monkeypatch, capsys, model):
     """On a fast disk and on a slow one; each save blocks the training for 30 ms."""
-    blocked, fsync, begin = [], os.fsync, ocp.CheckpointManager.save
+    blocked, begin = [], ocp.CheckpointManager.save
 
     def slow_save(*arguments, **options):
         blocked.append(0.03)
         time.sleep(0.03)
         return begin(*arguments, **options)
 
-    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(writing / 10) or fsync(file))
+    slowly(monkeypatch, writing / 10)
     monkeypatch.setattr(ocp.CheckpointManager, "save", slow_save)
     checkpoint = callback(model, tmp_path, None, save_freq="auto", verbose=1)
     start, pause = time.monotonic(), on(on_train_batch_begin=lambda batch, logs: time.sleep(0.01 + writing / 50))
@@ -3967,7 +3968,7 @@ def forks(directory):
     fit(model, 2, callback(model, directory), at_epoch_end)
     at_epoch_end = on(on_epoch_end=lambda *_: ended(fork.Process(target=grandchild)))  # which has its own handler
     fit(model, 3, callback(model, directory), at_epoch_end)
-    os.fsync = lambda file, flush=os.fsync: time.sleep(0.1) or flush(file)
+    slowly(pytest.MonkeyPatch())
     manager = KerasOrbaxCheckpointManager(model, directory)
     manager.save_state(3)
     waiting = threading.Thread(target=manager.wait_until_finished)
